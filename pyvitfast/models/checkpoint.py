@@ -162,19 +162,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"load: {path} must be a whole safetensors file, got one that is truncated or corrupted ({error}). "
-            "Save or copy it again."
+            f"load: {path} must be a whole safetensors file, got one that is truncated or corrupted "
+            f"({error}). Save or copy it again."
         ) from error
     if _KEY not in metadata:
         raise ValueError(
-            f"load: {path} must be written by pyvitfast.save, got a safetensors file without our metadata. Its "
-            "weights can be read with safetensors.torch.load_file and loaded into a model you build."
+            f"load: {path} must be written by pyvitfast.save, got a safetensors file without our metadata. "
+            "Its weights can be read with safetensors.torch.load_file and loaded into a model you build."
         )
     try:
         header = json.loads(metadata[_KEY])
         version = header["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"load: {path}: our metadata must be JSON with a format_version ({error!r}).") from error
+        raise ValueError(
+            f"load: {path}: our metadata must be JSON with a format_version ({error!r})."
+        ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"load: {path} must have format version {FORMAT_VERSION}, got {version!r} (written by pyvitfast "

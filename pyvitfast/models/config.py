@@ -9,9 +9,8 @@ from typing import Any
 import timm.layers
 import torch
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
-from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from pyvitfast.models.vision_transformer import (
@@ -63,7 +62,7 @@ def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplemen
     )
 
 
-def _block_dims(model: nn.Module, name: str, block: nn.Module) -> tuple[BlockDims, float]:
+def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, float]:
     if type(block) not in (Block, PrunedBlock):
         raise _refuse(model, name, "must be a timm Block", type(block).__name__)
     attn, mlp = block.attn, block.mlp
@@ -71,7 +70,9 @@ def _block_dims(model: nn.Module, name: str, block: nn.Module) -> tuple[BlockDim
         raise _refuse(model, f"{name}.attn", "must be timm's Attention", type(attn).__name__)
     for part in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, part, nn.Identity()), nn.Identity):
-            raise _refuse(model, f"{name}.attn.{part}", "must be Identity", type(getattr(attn, part)).__name__)
+            raise _refuse(
+                model, f"{name}.attn.{part}", "must be Identity", type(getattr(attn, part)).__name__
+            )
     if getattr(attn, "gate", None) is not None:
         raise _refuse(model, f"{name}.attn.gate", "must be None", "gated attention")
     if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
@@ -146,8 +147,8 @@ class ViTConfig:
         model = unwrap(model)
         if not isinstance(model, VisionTransformer):
             raise TypeError(
-                "ViTConfig.from_model: `model` must be a timm VisionTransformer or VisionTransformerDistilled, "
-                f"got {type(model).__module__}.{type(model).__name__}, in which no supported attention was found."
+                "ViTConfig.from_model: `model` must be a timm VisionTransformer or VisionTransformerDistilled; "
+                f"no supported attention was found in {type(model).__module__}.{type(model).__name__}."
             )
         embed = model.patch_embed
         if type(embed) is not PatchEmbed or not isinstance(embed.norm, nn.Identity):
@@ -211,7 +212,10 @@ class ViTConfig:
         held = sum(p.numel() for p in model.parameters())
         if held != config.params():
             raise _refuse(
-                model, "parameters", f"a ViT of these widths has {config.params()}", f"{held} (added modules?)"
+                model,
+                "parameters",
+                f"a ViT of these widths has {config.params()}",
+                f"{held} (added modules?)",
             )
         return config
 

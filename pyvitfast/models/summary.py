@@ -108,7 +108,8 @@ def summary(
             input_size = tuple(known)
         else:
             raise ValueError(
-                f"summary: `input_size` must be given as (channels, height, width) for {type(inner).__name__}."
+                "summary: `input_size` must be given as (channels, height, width) for "
+                f"{type(inner).__name__}."
             )
     elif len(input_size) != 3:
         raise ValueError(f"summary: `input_size` must be (channels, height, width), got {input_size}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BlockDims:
-    """Widths of one block: number of heads, width of a head's query and key, of its value, MLP hidden width."""
+    """Widths of one block: heads, width of a head's query and key, of its value, MLP hidden width."""
 
     heads: int
     qk_dim: int
@@ -108,9 +107,7 @@ class PrunedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Widths and scale for ``print``."""
-        return (
-            f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
-        )
+        return f"num_heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, scale={self.scale:.6g}"
 
 
 class PrunedBlock(Block):  # type: ignore[misc]
@@ -118,13 +115,12 @@ class PrunedBlock(Block):  # type: ignore[misc]
 
     def __init__(
         self,
+        dims: BlockDims,
+        scale: float,
         dim: int,
         num_heads: int,
         mlp_ratio: float,
         *,
-        depth: int,
-        dims: Sequence[BlockDims],
-        scales: Sequence[float],
         qkv_bias: bool = True,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
@@ -137,25 +133,24 @@ class PrunedBlock(Block):  # type: ignore[misc]
         # timm builds the norms, layer scales and drop paths; its attention and MLP are replaced below.
         super().__init__(dim, num_heads=1, mlp_ratio=0.0, device=device, dtype=dtype, **kwargs)
         self.attn = PrunedAttention(
-            dim, dims[depth], scales[depth], qkv_bias, proj_bias, attn_drop, proj_drop, device, dtype
+            dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop, device, dtype
         )
         self.mlp = Mlp(
-            dim,
-            dims[depth].mlp,
-            act_layer=act_layer,
-            bias=proj_bias,
-            drop=proj_drop,
-            device=device,
-            dtype=dtype,
+            dim, dims.mlp, act_layer=act_layer, bias=proj_bias, drop=proj_drop, device=device, dtype=dtype
         )
 
 
 def _arguments(dims: ViTDims, scales: Sequence[float]) -> dict[str, Any]:
+    remaining = iter(zip(dims.blocks, scales, strict=True))  # timm makes the blocks in order
+
+    def block_fn(**kwargs: Any) -> PrunedBlock:
+        return PrunedBlock(*next(remaining), **kwargs)
+
     return {
         "embed_dim": dims.embed_dim,
         "depth": len(dims.blocks),
         "num_heads": 1,
-        "block_fn": partial(PrunedBlock, dims=dims.blocks, scales=tuple(scales)),
+        "block_fn": block_fn,
     }
 
 

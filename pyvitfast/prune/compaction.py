@@ -55,10 +55,10 @@ def compact_model(
     jobs: list[tuple[str, str | None, Tensor]] = []
     for name, parameter in old.items():
         jobs.append((name, None, parameter.detach()))
-        for key, value in states.get(parameter, {}).items():
+        for state, value in states.get(parameter, {}).items():
             # Only what runs along the parameter is cut: step counts and factored moments are not.
             if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
-                jobs.append((name, key, value.detach()))
+                jobs.append((name, state, value.detach()))
     scales: list[Tensor | None] = []
     for name, key, tensor in jobs:
         scaled = ln_fix and key is None and name in norm_weights and factor != 1.0
@@ -94,7 +94,10 @@ def compact_model(
 
 
 def _move_optimizer(
-    optimizer: Any, old: dict[str, nn.Parameter], new: dict[str, nn.Parameter], moved: dict[str, dict[str, Tensor]]
+    optimizer: Any,
+    old: dict[str, nn.Parameter],
+    new: dict[str, nn.Parameter],
+    moved: dict[str, dict[str, Tensor]],
 ) -> None:
     names = {id(parameter): name for name, parameter in old.items()}
     for group in optimizer.param_groups:

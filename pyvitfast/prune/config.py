@@ -93,8 +93,8 @@ class NViTConfig:
     def preset(cls, name: str, **changes: Any) -> NViTConfig:
         """Named settings, with ``changes`` on top.
 
-        ``"paper"`` is the default. ``"nvit_repo"`` follows the released code where it can run: divisors 12, 12,
-        2, 2, 1 before the square, subset membership, no bias correction, average restarted at the first
+        ``"paper"`` is the default. ``"nvit_repo"`` follows the released code where it can run: divisors 12, 12, 2,
+        2, 1 before the square, subset membership, no bias correction, average restarted at the first
         removal, cumulative removals 1, 2, 4, 6, ..., weights read after the update, and eta 5e-4 per second
         of a dense model that takes 0.9698 s.
 

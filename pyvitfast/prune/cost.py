@@ -19,7 +19,7 @@ class Cost(Protocol):
         ...
 
     def delta(self, dims: ViTDims) -> list[float]:
-        """What one unit fewer would save: for ``embed``, then for each block ``head``, ``qk``, ``v``, ``mlp``."""
+        """What one unit fewer saves: in ``embed``, then by block in ``head``, ``qk``, ``v``, ``mlp``."""
         ...
 
 

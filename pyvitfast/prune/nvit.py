@@ -29,9 +29,9 @@ class NViTPruner:
     Every ``interval`` optimizer steps the ``groups_per_step`` lowest groups of all structures are masked to
     zero, until the budget is reached. The paper calls the score Hessian-aware; it uses gradients only.
 
-    Call order of one step: backward, :meth:`step`. It scores the weights and gradients as they are before the
-    update, calls ``optimizer.step()``, stores 0 in all pruned weights and their optimizer state, and prunes when
-    an interval is full.
+    Call order of one step: backward, :meth:`step`. It scores the weights and gradients as they are before
+    the update, calls ``optimizer.step()``, stores 0 in all pruned weights and their optimizer state, and
+    prunes when an interval is full.
 
     Args:
         model: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``, or one of our pruned ones;
@@ -90,8 +90,8 @@ class NViTPruner:
         floor = self._fraction(self._budget, self.table.floor())
         if floor > self.config.target:
             raise ValueError(
-                f"NViTPruner: `target` must be at least {floor:.4f}, the fraction of {self.config.budget} left "
-                f"with one group in every structure, got {self.config.target}. Raise it or use smaller "
+                f"NViTPruner: `target` must be at least {floor:.4f}, the fraction of {self.config.budget} "
+                f"left with one group in every structure, got {self.config.target}. Raise it or use smaller "
                 "`group_sizes`."
             )
         self._parameters = dict(self.model.named_parameters())
@@ -123,8 +123,8 @@ class NViTPruner:
         if self.config.budget == "latency":
             if latency is None:
                 raise NotImplementedError(
-                    "NViTPruner: `budget`: 'latency' comes with the latency table: pass `latency`, an object with "
-                    "query(dims) and delta(dims), or use budget='macs' or 'params'."
+                    "NViTPruner: `budget`: 'latency' comes with the latency table: pass `latency`, an object "
+                    "with query(dims) and delta(dims), or use budget='macs' or 'params'."
                 )
             return latency, latency
         budget = self._macs if self.config.budget == "macs" else self._params
@@ -279,9 +279,9 @@ class NViTPruner:
         """
         if self.done:
             raise RuntimeError(
-                f"NViTPruner.step: the target {self.config.target} is reached ({self.fraction:.4f} left). Stop when "
-                "`pruner.done` and call `pruner.compact(optimizer)`; to train the masked model on, call "
-                "`optimizer.step()` and `pruner.rezero(optimizer)`."
+                f"NViTPruner.step: the target {self.config.target} is reached ({self.fraction:.4f} left). "
+                "Stop when `pruner.done` and call `pruner.compact(optimizer)`; to train the masked model on, "
+                "call `optimizer.step()` and `pruner.rezero(optimizer)`."
             )
         self._check_optimizer(optimizer)
         if scaler is not None:
@@ -294,7 +294,8 @@ class NViTPruner:
         late = self.config.score_after_update
         if late and not update:
             raise ValueError(
-                "NViTPruner.step: `update` must be True with score_after_update (preset 'nvit_repo'), got False."
+                "NViTPruner.step: `update` must be True with score_after_update (preset 'nvit_repo'), "
+                "got False."
             )
         if not late:
             self.score(inv_scale)
@@ -314,8 +315,8 @@ class NViTPruner:
                 report = self.prune_once()
             else:
                 warnings.warn(
-                    f"NViTPruner: nothing was pruned at step {self.steps}: all minibatches since the last removal had "
-                    "weights or gradients that are not finite.",
+                    f"NViTPruner: nothing was pruned at step {self.steps}: all minibatches since the last "
+                    "removal had weights or gradients that are not finite.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -331,8 +332,8 @@ class NViTPruner:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in self._parameters.values()):
             raise ValueError(
-                "NViTPruner: `optimizer` must hold parameters of the pruned model, got one with none of them. "
-                "Make it from the model you gave to the pruner (not from a copy or a compacted one)."
+                "NViTPruner: `optimizer` must hold parameters of the pruned model, got one with none of "
+                "them. Make it from the model you gave to the pruner (not from a copy or a compacted one)."
             )
 
     def prune_once(self, scores: Tensor | None = None) -> dict[str, Any]:
@@ -378,8 +379,9 @@ class NViTPruner:
         chosen = self.table.select(values, self._alive, candidates, groups)
         if not chosen:
             raise RuntimeError(
-                f"NViTPruner.prune_once: no group may be removed at {self.fraction:.4f} of the budget; without "
-                f"gradients are: {', '.join(self.unscored) or 'none'}. Unfreeze them, or raise the target."
+                f"NViTPruner.prune_once: no group may be removed at {self.fraction:.4f} of the budget; "
+                f"without gradients are: {', '.join(self.unscored) or 'none'}. Unfreeze them, or raise the "
+                "target."
             )
         self._close_interval(scores is None)
         for _, units, _ in chosen:
@@ -483,15 +485,15 @@ class NViTPruner:
         zeroed channels; ``ln_fix`` removes most of the difference.
 
         Args:
-            optimizer: moved onto the new model: its groups then hold the new parameters, and every state tensor
-                shaped like its parameter is cut in the same way (moments, momentum buffers). The old
+            optimizer: moved onto the new model: its groups then hold the new parameters, and every state
+                tensor shaped like its parameter is cut in the same way (moments, momentum buffers). The old
                 model can no longer be trained with it.
-            ln_fix: multiply LayerNorm weights by ``sqrt(E / E')`` where E' of E channels are left; ours, not the
-                paper's. Optimizer state is not rescaled.
+            ln_fix: multiply LayerNorm weights by ``sqrt(E / E')`` where E' of E channels are left; ours, not
+                the paper's. Optimizer state is not rescaled.
 
         Returns:
-            A :class:`PrunedVisionTransformer` or its distilled twin on the model's device, in its dtype and mode.
-            The masked model is not changed.
+            A :class:`PrunedVisionTransformer` or its distilled twin on the model's device, in its dtype and
+            mode. The masked model is not changed.
 
         Raises:
             ValueError: the optimizer holds none of the model's parameters.
@@ -527,8 +529,8 @@ class NViTPruner:
         for name, mine in (("dense", self._dense.to_dict()), ("config", self.config.to_dict())):
             if state[name] != mine:
                 raise ValueError(
-                    f"NViTPruner.load_state_dict: `{name}` must equal this pruner's {mine}, got {state[name]}. "
-                    "Make the pruner from the same model with the same settings."
+                    f"NViTPruner.load_state_dict: `{name}` must equal this pruner's {mine}, got "
+                    f"{state[name]}. Make the pruner from the same model with the same settings."
                 )
         self._acc.copy_(state["acc"])
         self._counts.copy_(state["counts"])
