@@ -2,9 +2,8 @@
 
 #include <cstdint>
 
-#include "portable/platform.h"
-
 #include "float_type.h"
+#include "portable/platform.h"
 
 namespace pyvitfast {
 
@@ -51,9 +50,11 @@ PVF_HOST_DEVICE int64_t saliency_col_tiles(int64_t cols) {
     return (cols + kSaliencyCudaTileCols - 1) / kSaliencyCudaTileCols;
 }
 
-// Each row tile leaves a partial sum a column, each column tile one a row.
+// Each row tile leaves a partial sum a column, each column tile one a row. Rounded up so that the
+// next matrix begins where vectors may be stored.
 PVF_HOST_DEVICE int64_t saliency_partial_count(int64_t rows, int64_t cols) {
-    return saliency_row_tiles(rows) * cols + saliency_col_tiles(cols) * rows;
+    const int64_t count = saliency_row_tiles(rows) * cols + saliency_col_tiles(cols) * rows;
+    return (count + 3) / 4 * 4;
 }
 
 // Rows that one CPU task sums: the same for any number of threads, so the bits are too.

@@ -99,11 +99,22 @@ PVF_DEVICE void sum_tile(const SaliencyMatrix& matrix, bool absolute, int64_t ro
         }
     }
     A* partial_columns = partials + matrix.partials_offset + row_tile * matrix.cols;
-    PVF_UNROLL
-    for (int k = 0; k < kPerLane; ++k) {
-        const int64_t col = col0 + lane_col<kVector>(k);
-        if (col < matrix.cols) {
-            store(partial_columns + col, columns[k]);
+    if constexpr (kVector) {
+        if (col0 + lane_col<true>(0) < matrix.cols) {
+            Vec<A, kPerLane> vec;
+            PVF_UNROLL
+            for (int k = 0; k < kPerLane; ++k) {
+                vec[k] = columns[k];
+            }
+            store_vec(partial_columns + col0 + lane_col<true>(0), vec);
+        }
+    } else {
+        PVF_UNROLL
+        for (int k = 0; k < kPerLane; ++k) {
+            const int64_t col = col0 + lane_col<false>(k);
+            if (col < matrix.cols) {
+                store(partial_columns + col, columns[k]);
+            }
         }
     }
     sync_threads();

@@ -2,9 +2,8 @@
 
 #include <cstdint>
 
-#include "portable/platform.h"
-
 #include "float_type.h"
+#include "portable/platform.h"
 
 namespace pyvitfast {
 

@@ -31,8 +31,12 @@ struct StructuredZeroParams {
     int32_t count;
 };
 
-PVF_HOST_DEVICE int64_t zero_row_tiles(int64_t rows) { return (rows + kZeroTileRows - 1) / kZeroTileRows; }
-PVF_HOST_DEVICE int64_t zero_col_tiles(int64_t cols) { return (cols + kZeroTileCols - 1) / kZeroTileCols; }
+PVF_HOST_DEVICE int64_t zero_row_tiles(int64_t rows) {
+    return (rows + kZeroTileRows - 1) / kZeroTileRows;
+}
+PVF_HOST_DEVICE int64_t zero_col_tiles(int64_t cols) {
+    return (cols + kZeroTileCols - 1) / kZeroTileCols;
+}
 
 // A run of neighbouring dead columns.
 struct DeadRun {
