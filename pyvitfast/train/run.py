@@ -46,6 +46,7 @@ class Outcome:
         dense: the model before the method, or None.
         dense_accuracy: its test accuracy.
         events: everything in ``metrics.jsonl``.
+        device: where the run was.
         main: whether this is the main process, the one that reports.
     """
 
@@ -57,6 +58,7 @@ class Outcome:
     dense: nn.Module | None
     dense_accuracy: Accuracy | None
     events: list[dict[str, Any]]
+    device: str
     main: bool
 
 
@@ -181,6 +183,7 @@ def _outcome(job: _Job, model: nn.Module, accuracy: Accuracy, dense: nn.Module |
         dense=dense,
         dense_accuracy=Accuracy(**before) if before else None,
         events=job.folder.events() if main else [],
+        device=str(job.accelerator.device),
         main=main,
     )
 
