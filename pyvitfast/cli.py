@@ -17,8 +17,8 @@ from rich.console import Console
 from pyvitfast.train.errors import Interrupted, UserError
 
 app = typer.Typer(
-    help="Make Vision Transformers small, fast and cheap to train. With no arguments a verb does its whole job "
-    "on the built-in digits data and a micro ViT.",
+    help="Make Vision Transformers small, fast and cheap to train. With no arguments a verb does its whole "
+    "job on the built-in digits data and a micro ViT.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -263,7 +263,9 @@ def summary(
 
 @verb
 def info(
-    settings: Annotated[bool, typer.Option("--settings", help="List all settings and their defaults.")] = False,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="List all settings and their defaults.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Print versions and what is built and loaded, ready to paste into an issue."""

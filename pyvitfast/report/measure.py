@@ -82,7 +82,9 @@ def _once(model: nn.Module, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(models: list[nn.Module], files: list[Path], accuracies: list[tuple[float, float]], device: str) -> list[Facts]:
+def measure(
+    models: list[nn.Module], files: list[Path], accuracies: list[tuple[float, float]], device: str
+) -> list[Facts]:
     """Facts of ``models``, stored in ``files``, with top-1 and class-mean ``accuracies``."""
     timed = latencies(models, device)
     return [
@@ -109,15 +111,17 @@ def table(before: Facts | None, after: Facts) -> list[Row]:
         return Row(label, f"{old:.2f} %", f"{new:.2f} %", f"{new - old:+.2f} points")
 
     rows = [
-        smaller("Parameters", before and before.summary.params, after.summary.params, ",", ""),
-        smaller("MACs per image", before and before.summary.macs, after.summary.macs, ",", ""),
+        smaller("Parameters", before.summary.params if before else None, after.summary.params, ",", ""),
+        smaller("MACs per image", before.summary.macs if before else None, after.summary.macs, ",", ""),
     ]
     for batch in BATCHES:
-        old = before.latency[batch] if before else None
-        rows.append(smaller(f"Latency, batch {batch}", old, after.latency[batch], ".3f", "ms"))
+        label = f"Latency, batch {batch}"
+        rows.append(
+            smaller(label, before.latency[batch] if before else None, after.latency[batch], ".3f", "ms")
+        )
     rows += [
-        smaller("Size on disk", before and before.size / 1024, after.size / 1024, ",.1f", "KiB"),
-        points("Top-1 accuracy", before and before.top1, after.top1),
-        points("Mean accuracy over classes", before and before.class_mean, after.class_mean),
+        smaller("Size on disk", before.size / 1024 if before else None, after.size / 1024, ",.1f", "KiB"),
+        points("Top-1 accuracy", before.top1 if before else None, after.top1),
+        points("Mean accuracy over classes", before.class_mean if before else None, after.class_mean),
     ]
     return rows

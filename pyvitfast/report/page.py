@@ -12,12 +12,15 @@ from typing import Any
 from pyvitfast.report.measure import Row
 
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse } td, th { padding: .3rem .9rem; border-bottom: 1px solid #e2e8f0; text-align: left }
+table { border-collapse: collapse }
+td, th { padding: .3rem .9rem; border-bottom: 1px solid #e2e8f0; text-align: left; overflow-wrap: anywhere }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; height: auto } code, pre { background: #f1f5f9; padding: .15rem .35rem; border-radius: 4px }
-pre { padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere } p.note { color: #64748b; font-size: .9rem }
+img { max-width: 100%; height: auto }
+pre { background: #f1f5f9; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
+p.note { color: #64748b; font-size: .9rem }
 """
 
 
@@ -32,7 +35,9 @@ def _table(rows: Sequence[Row], compares: bool) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    lines = [f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in values.items()]
+    lines = [
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in values.items()
+    ]
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -61,9 +66,8 @@ def page(
     figures = []
     for heading, file in images.items():
         data = base64.b64encode(file.read_bytes()).decode()
-        figures.append(
-            f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
-        )
+        name = html.escape(heading)
+        figures.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>"

@@ -70,7 +70,12 @@ def remaining(path: Path, before: Facts, after: Facts) -> None:
 
 def widths(path: Path, before: ModelSummary, after: ModelSummary) -> None:
     """Bars: heads, query/key, value and MLP widths of each block, and the residual width."""
-    panels = [("Heads", "heads"), ("QK width of a head", "qk_dim"), ("V width of a head", "v_dim"), ("MLP width", "mlp")]
+    panels = [
+        ("Heads", "heads"),
+        ("QK width of a head", "qk_dim"),
+        ("V width of a head", "v_dim"),
+        ("MLP width", "mlp"),
+    ]
     count = len(before.blocks)
     with _figure(path, 9.6, 5.2) as figure:
         grid = figure.add_gridspec(2, 3, width_ratios=[4, 4, 1.5])
@@ -95,6 +100,7 @@ def _pairs(axes: Any, before: Sequence[int], after: Sequence[int]) -> None:
     if len(before) <= 12:
         axes.bar_label(bars, fontsize=8, padding=1)
     axes.set_ylim(0, max(*before, *after) * 1.15)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="x", visible=False)
 
 
@@ -146,4 +152,5 @@ def training(path: Path, events: Sequence[Event]) -> None:
         for axes in (loss_axes, top_axes):
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
-        loss_axes.legend(frameon=False)
+        handles, names = loss_axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)

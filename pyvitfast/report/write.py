@@ -63,20 +63,29 @@ def write_report(
     old: Facts | None = facts[0] if before is not None else None
     new = facts[-1]
     rows = table(old, new)
-    threads = torch.get_num_threads()
-    note = f"Latency: median of alternating forward passes on {device}, {threads} thread{'s' if threads > 1 else ''}."
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    note = f"Latency: median of alternating forward passes on {device}, {threads}."
     _print(rows, old is not None, title, note, console)
     images = _figures(folder, old, new, events)
     start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
     text = page(
-        title, rows, old is not None, note, images, settings, start.get("versions", {}), start.get("command", [])
+        title,
+        rows,
+        old is not None,
+        note,
+        images,
+        settings,
+        start.get("versions", {}),
+        start.get("command", []),
     )
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _figures(folder: Path, old: Facts | None, new: Facts, events: Sequence[dict[str, Any]]) -> dict[str, Path]:
+def _figures(
+    folder: Path, old: Facts | None, new: Facts, events: Sequence[dict[str, Any]]
+) -> dict[str, Path]:
     images: dict[str, Path] = {}
     if old is not None:
         images["What is left"] = folder / "report.png"
@@ -95,7 +104,9 @@ def _figures(folder: Path, old: Facts | None, new: Facts, events: Sequence[dict[
 
 
 def _print(rows: Sequence[Row], compares: bool, title: str, note: str, console: Console) -> None:
-    shown = Table(title=title, box=box.SIMPLE_HEAD, caption=note, title_justify="left", caption_justify="left")
+    shown = Table(
+        title=title, box=box.SIMPLE_HEAD, caption=note, title_justify="left", caption_justify="left"
+    )
     shown.add_column("")
     for head in ("before", "after", "change") if compares else ("model",):
         shown.add_column(head, justify="right", no_wrap=True)

@@ -126,7 +126,9 @@ class ImageSplit(Split):
         self.mode = {1: "L", 3: "RGB"}[chans]
         config = timm.data.resolve_model_data_config(model)
         size = image_size(model)
-        mean, std = (v if len(v) == chans else (sum(v) / len(v),) * chans for v in (config["mean"], config["std"]))
+        mean, std = (
+            v if len(v) == chans else (sum(v) / len(v),) * chans for v in (config["mean"], config["std"])
+        )
         augmentation: dict[str, Any] = {}
         if training:
             augmentation = {
@@ -175,7 +177,9 @@ def image_size(model: nn.Module) -> int:
     if size is None:
         size = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     if size[0] != size[1]:
-        raise UserError(f"the model takes images of {size[0]}x{size[1]}; only square images are supported here.")
+        raise UserError(
+            f"the model takes images of {size[0]}x{size[1]}; only square images are supported here."
+        )
     return int(size[0])
 
 
@@ -236,10 +240,12 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
     if settings.imbalance > 1:
         data.train.keep(long_tail_indices(data.train.labels, settings.imbalance, settings.seed))
     if len(data.train) < settings.batch_size * settings.grad_accum_steps:
-        product = "" if settings.grad_accum_steps == 1 else f" times --grad-accum-steps {settings.grad_accum_steps}"
+        product = (
+            "" if settings.grad_accum_steps == 1 else f" times --grad-accum-steps {settings.grad_accum_steps}"
+        )
         raise UserError(
-            f"--batch-size {settings.batch_size}{product} is more than the {len(data.train)} training images of "
-            f"{spec}. Lower it."
+            f"--batch-size {settings.batch_size}{product} is more than the {len(data.train)} training images "
+            f"of {spec}. Lower it."
         )
     return data
 
@@ -265,7 +271,9 @@ class _FileSource:
         try:
             return Image.open(path), path
         except OSError as error:
-            raise UserError(f"{path} cannot be read as an image: {error}. Replace or remove the file.") from error
+            raise UserError(
+                f"{path} cannot be read as an image: {error}. Replace or remove the file."
+            ) from error
 
 
 class _DatasetSource:
@@ -290,12 +298,14 @@ def _scan_folder(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
     """Image paths and labels, checked: each class folder holds at least one image."""
     if not classes:
         raise UserError(
-            f"--data {root}: expected one folder per class with images inside (DIR/cat/1.jpg), or DIR/train and "
-            "DIR/val holding such folders; there are no folders in it."
+            f"--data {root}: expected one folder per class with images inside (DIR/cat/1.jpg), or DIR/train "
+            "and DIR/val holding such folders; there are no folders in it."
         )
     extensions = ", ".join(sorted(get_img_extensions()))
     try:
-        source = timm.data.create_dataset("", root=str(root), search_split=False, class_map=dict(zip(classes, range(len(classes)))))
+        source = timm.data.create_dataset(
+            "", root=str(root), search_split=False, class_map=dict(zip(classes, range(len(classes))))
+        )
         samples = source.reader.samples
     except RuntimeError as error:
         raise UserError(f"--data {root}: no image files in its folders; expected {extensions}.") from error
@@ -303,8 +313,8 @@ def _scan_folder(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
     empty = [name for i, name in enumerate(classes) if i not in present]
     if empty:
         raise UserError(
-            f"--data {root}: no image files in class folder{'s' if len(empty) > 1 else ''} {', '.join(empty[:5])}; "
-            f"expected {extensions}. Add images or remove the folder."
+            f"--data {root}: no image files in class folder{'s' if len(empty) > 1 else ''} "
+            f"{', '.join(empty[:5])}; expected {extensions}. Add images or remove the folder."
         )
     return [path for path, _ in samples], [label for _, label in samples]
 
@@ -345,7 +355,9 @@ def _folder(root: Path, check: bool, share: Callable[[list[str]], list[str]]) ->
     paths, labels = _scan_folder(train_root or root, classes)
     if train_root is not None:
         if test_root is None:
-            raise UserError(f"--data {root}: there is a {train_root.name} folder but none of {', '.join(_TEST_FOLDERS)}.")
+            raise UserError(
+                f"--data {root}: there is a {train_root.name} folder but none of {', '.join(_TEST_FOLDERS)}."
+            )
         if unknown := sorted(set(_class_folders(test_root)) - set(classes)):
             raise UserError(
                 f"--data {root}: {test_root.name} has class folders that {train_root.name} has not: "
@@ -365,7 +377,11 @@ def _folder(root: Path, check: bool, share: Callable[[list[str]], list[str]]) ->
             f"--data {root}: unreadable image files: {'; '.join(broken[:5])}{more}. Replace or remove them."
         )
     return Data(
-        str(root), ImageSplit(_FileSource(paths), labels), ImageSplit(_FileSource(test_paths), test_labels), classes, None
+        str(root),
+        ImageSplit(_FileSource(paths), labels),
+        ImageSplit(_FileSource(test_paths), test_labels),
+        classes,
+        None,
     )
 
 
@@ -386,7 +402,7 @@ def _hold_out(root: Path, labels: list[int], classes: list[str]) -> list[int]:
 
 def _timm_dataset(settings: Settings) -> Data:
     spec = settings.data
-    kind, _, name = spec.partition("/")
+    kind = spec.partition("/")[0]
     splits = []
     try:
         for split in ("train", "validation"):
@@ -396,7 +412,9 @@ def _timm_dataset(settings: Settings) -> Data:
                 )
             )
     except ImportError as error:
-        raise UserError(f"--data {spec} needs a package that is missing: {error}. pip install datasets") from error
+        raise UserError(
+            f"--data {spec} needs a package that is missing: {error}. pip install datasets"
+        ) from error
     except AssertionError as error:
         raise UserError(f"--data {spec}: {error}. Names are those of timm's create_dataset.") from error
     except (RuntimeError, OSError, ValueError) as error:
@@ -409,7 +427,9 @@ def _timm_dataset(settings: Settings) -> Data:
         ) from error
     labels = [_labels(dataset) for dataset in splits]
     source = splits[0]
-    named = getattr(source, "classes", None) or list(getattr(getattr(source, "reader", None), "class_to_idx", None) or [])
+    named = getattr(source, "classes", None) or list(
+        getattr(getattr(source, "reader", None), "class_to_idx", None) or []
+    )
     count = max(max(part) for part in labels) + 1
     classes = [str(c) for c in named] if len(named) >= count else [str(i) for i in range(count)]
     train, test = (ImageSplit(_DatasetSource(d, spec), part) for d, part in zip(splits, labels))
@@ -436,7 +456,9 @@ class EpochBatches(Sampler[list[Key]]):
         shuffle: False keeps the order, all images and no augmentation seeds, for evaluation.
     """
 
-    def __init__(self, split: Split, batch_size: int, group: int, rank: int, world: int, shuffle: bool) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, group: int, rank: int, world: int, shuffle: bool
+    ) -> None:
         self.split, self.batch_size, self.group = split, batch_size, group
         self.rank, self.world, self.shuffle = rank, world, shuffle
         self.seed: tuple[int, ...] = (0,)

@@ -71,8 +71,8 @@ class RunFolder:
             if any(self.path.iterdir()):
                 if not overwrite:
                     raise UserError(
-                        f"--out {self.path} is not empty. Go on with its run with --resume, start over in it with "
-                        "--overwrite, or name another folder."
+                        f"--out {self.path} is not empty. Go on with its run with --resume, start over in it "
+                        "with --overwrite, or name another folder."
                     )
                 self._clear()
             self.checkpoints.mkdir()
@@ -81,7 +81,8 @@ class RunFolder:
             self._metrics = (self.path / METRICS).open("wb")
         except OSError as error:
             raise UserError(
-                f"--out {self.path} cannot be written: {error.strerror or error}. Name a folder you may write to."
+                f"--out {self.path} cannot be written: {error.strerror or error}. "
+                "Name a folder you may write to."
             ) from error
 
     def _clear(self) -> None:
@@ -103,7 +104,8 @@ class RunFolder:
         path = self.path / CONFIG
         if not path.is_file():
             raise UserError(
-                f"--resume: there is no run in {self.path} (no {CONFIG}). Check --out, or leave --resume out to start."
+                f"--resume: there is no run in {self.path} (no {CONFIG}). "
+                "Check --out, or leave --resume out to start."
             )
         try:
             document = yaml.safe_load(path.read_text())
@@ -111,7 +113,9 @@ class RunFolder:
         except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {path} is damaged. Start anew in another --out.") from error
         if verb != self.verb:
-            raise UserError(f"--resume: the run in {self.path} was started by `pyvitfast {verb}`, not {self.verb}.")
+            raise UserError(
+                f"--resume: the run in {self.path} was started by `pyvitfast {verb}`, not {self.verb}."
+            )
         return Settings.from_dict(document, str(path))
 
     def resume(self, flags: Mapping[str, Any]) -> tuple[Settings, Snapshot | None]:
@@ -153,7 +157,9 @@ class RunFolder:
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
                 return Snapshot(load(folder / MODEL), state, folder)
             except (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-                problems.append(f"{folder}: {str(error).strip().splitlines()[0] if str(error) else 'damaged'}")
+                problems.append(
+                    f"{folder}: {str(error).strip().splitlines()[0] if str(error) else 'damaged'}"
+                )
         if problems:
             raise UserError(
                 f"--resume: no checkpoint can be read: {'; '.join(problems)}. Start anew in another --out."

@@ -139,7 +139,8 @@ class Loop:
         if settings.mixup > 0 or settings.cutmix > 0:
             if settings.batch_size // world % 2:
                 raise UserError(
-                    f"--batch-size {settings.batch_size} over {world} process(es) must be even with mixup or cutmix."
+                    f"--batch-size {settings.batch_size} over {world} process(es) must give each an even "
+                    "number of images with mixup or cutmix."
                 )
             self._mixup = timm.data.Mixup(
                 mixup_alpha=settings.mixup,
@@ -173,7 +174,11 @@ class Loop:
         return scheduler
 
     def run(
-        self, stage: Stage, model: nn.Module, pruner: NViTPruner | None = None, state: dict[str, Any] | None = None
+        self,
+        stage: Stage,
+        model: nn.Module,
+        pruner: NViTPruner | None = None,
+        state: dict[str, Any] | None = None,
     ) -> Accuracy:
         """Train ``model`` through ``stage``.
 
@@ -244,7 +249,9 @@ class Loop:
                         self._interrupt(running, signum)
         finally:
             self.reporter.end()
-        mean_loss = float(accelerator.reduce(loss_sum, "sum")) / max(1, progress.batch * accelerator.num_processes)
+        mean_loss = float(accelerator.reduce(loss_sum, "sum")) / max(
+            1, progress.batch * accelerator.num_processes
+        )
         if not math.isfinite(mean_loss):
             raise UserError(
                 f"the loss became {mean_loss} in {stage.name} epoch {epoch + 1}. Lower the learning rate "

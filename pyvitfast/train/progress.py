@@ -26,7 +26,12 @@ class Reporter:
     def begin(self, title: str, steps: int, done: int) -> None:
         """Start the bar of an epoch."""
         if self.console is not None and self.console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(title, total=steps, completed=done)

@@ -77,7 +77,9 @@ def accelerator_for(settings: Settings) -> Accelerator:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device != "auto" and device.type == "cuda" and (device.index or 0) >= there:
         why = f"torch {torch.__version__} sees {there} GPU(s)"
-        raise UserError(f"--device {settings.device}: there is no such GPU ({why}). Use --device cpu or auto.")
+        raise UserError(
+            f"--device {settings.device}: there is no such GPU ({why}). Use --device cpu or auto."
+        )
     cpu = device.type == "cpu" or there == 0
     if cpu and settings.amp == "fp16":
         raise UserError("--amp fp16 needs a GPU; on the CPU use --amp bf16 or no.")
@@ -128,7 +130,13 @@ class _Job:
 
 @contextmanager
 def _job(
-    verb: str, settings: Settings, out: Path, resume: bool, overwrite: bool, given: Mapping[str, Any], console: Console
+    verb: str,
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    given: Mapping[str, Any],
+    console: Console,
 ) -> Iterator[_Job]:
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(out, verb, writes=main)
@@ -157,8 +165,8 @@ def _job(
             loop = Loop(settings, data, folder, accelerator, reporter, stop)
             loop.results = snapshot.state["results"] if snapshot is not None else {"origin": origin}
             reporter.say(
-                f"{settings.model} from {origin}, {data.name}: {len(data.train)} training and {len(data.test)} test "
-                f"images, {data.num_classes} classes, on {accelerator.device}"
+                f"{settings.model} from {origin}, {data.name}: {len(data.train)} training and "
+                f"{len(data.test)} test images, {data.num_classes} classes, on {accelerator.device}"
             )
             yield _Job(settings, folder, accelerator, data, model, origin, snapshot, loop, reporter)
             accelerator.wait_for_everyone()
@@ -271,7 +279,9 @@ def prune(
             cut = evaluate(model, job.data, s, job.accelerator)
             job.folder.log("compact", **asdict(cut), dims=pruner.dims.to_dict(), skipped=pruner.skipped)
             job.reporter.say(f"compacted after {len(pruner.history)} removals: top-1 {cut.top1:.2f} %")
-        accuracy = loop.run(Stage("finetune", s.finetune_lr, s.finetune_epochs), model, state=job.take_state())
+        accuracy = loop.run(
+            Stage("finetune", s.finetune_lr, s.finetune_epochs), model, state=job.take_state()
+        )
         return _outcome(job, model, accuracy, load(job.folder.path / DENSE))
 
 
@@ -304,7 +314,9 @@ def evaluate_model(settings: Settings, console: Console, json_path: Path | None 
             try:
                 write_atomically(json_path, json.dumps(result, indent=2).encode())
             except OSError as error:
-                raise UserError(f"--json {json_path} cannot be written: {error.strerror or error}.") from error
+                raise UserError(
+                    f"--json {json_path} cannot be written: {error.strerror or error}."
+                ) from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result

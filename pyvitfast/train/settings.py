@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -150,7 +151,9 @@ class Settings:
             self._need(name, "at least 0 and below 1", 0 <= getattr(self, name) < 1)
         between = "a fraction between 0 and 1, both excluded (0.5 halves the budget)"
         self._need("target", between, 0 < self.target < 1)
-        self._need("imbalance", "at least 1 (100 makes the rarest class 100 times smaller)", self.imbalance >= 1)
+        self._need(
+            "imbalance", "at least 1 (100 makes the rarest class 100 times smaller)", self.imbalance >= 1
+        )
         self._need("img_size", "at least 1", self.img_size is None or self.img_size >= 1)
         self._need("clip_grad", "a positive number", self.clip_grad is None or self.clip_grad > 0)
         self._one_of("amp", AMP)
@@ -204,10 +207,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kind = next(a for a in allowed if a is not types.NoneType)
     plain = typing.get_origin(kind) or kind
     if plain is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     # NaN compares false with everything and would slip through some of the range checks.
     finite = not isinstance(value, float) or abs(value) < float("inf")
     if isinstance(value, plain) and finite and (plain is bool or not isinstance(value, bool)):
@@ -242,7 +243,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"--config {path} is not valid YAML{line}: expected lines of `key: value`.") from error
+        raise UserError(
+            f"--config {path} is not valid YAML{line}: expected lines of `key: value`."
+        ) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
