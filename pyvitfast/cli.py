@@ -114,7 +114,6 @@ def _run(name: str, job: Callable[..., Any], parameters: Mapping[str, Any]) -> N
     given: dict[str, Any] = {}
     if resume:
         given = (st.read_yaml(config) if config else {}) | st.parse_assignments(assign) | flags
-        given.pop("verb", None)
     outcome = job(settings, out, console, resume=resume, overwrite=parameters["overwrite"], given=given)
     if outcome.main:
         _report(outcome)

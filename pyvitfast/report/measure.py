@@ -45,7 +45,7 @@ class Row:
 
 
 @torch.inference_mode()
-def latencies(models: list[nn.Module], device: str, seconds: float = 1.5) -> list[dict[int, float]]:
+def latencies(models: list[nn.Module], device: str, seconds: float = 1.0) -> list[dict[int, float]]:
     """Median forward time in milliseconds, by model and batch size.
 
     The models take turns within each repeat, so a busy machine slows all of them alike.

@@ -239,15 +239,19 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
         )
     if settings.imbalance > 1:
         data.train.keep(long_tail_indices(data.train.labels, settings.imbalance, settings.seed))
+    return data
+
+
+def check_batch_size(data: Data, settings: Settings) -> None:
+    """Raise UserError when the training split is smaller than one optimizer update."""
     if len(data.train) < settings.batch_size * settings.grad_accum_steps:
         product = (
             "" if settings.grad_accum_steps == 1 else f" times --grad-accum-steps {settings.grad_accum_steps}"
         )
         raise UserError(
             f"--batch-size {settings.batch_size}{product} is more than the {len(data.train)} training images "
-            f"of {spec}. Lower it."
+            f"of {data.name}. Lower it."
         )
-    return data
 
 
 def _digits() -> Data:

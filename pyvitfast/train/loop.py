@@ -157,7 +157,7 @@ class Loop:
     def schedule(self, optimizer: Any, stage: Stage) -> Any:
         """timm's schedule over the updates of ``stage``, or None for a constant learning rate."""
         s = self.settings
-        if stage.epochs is None or s.sched == "none":
+        if not stage.epochs or s.sched == "none":
             return None
         updates = max(1, len(self.batches) // s.grad_accum_steps)
         scheduler, _ = timm.scheduler.create_scheduler_v2(

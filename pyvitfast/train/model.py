@@ -11,7 +11,7 @@ from torch import nn
 
 import pyvitfast.models.micro  # noqa: F401  registers the micro model with timm
 from pyvitfast.models.checkpoint import describe, load
-from pyvitfast.train.data import Data, input_channels
+from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
 
@@ -103,3 +103,10 @@ def check_fit(model: nn.Module, name: str, data: Data) -> None:
             f"--model {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
             "Use the data it was trained on, or start from a timm name, whose classifier is made to fit."
         )
+    size = image_size(model)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, chans, size, size))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {name} cannot take images of {size}x{size}: {reason}") from error

@@ -24,7 +24,7 @@ from pyvitfast._version import __version__
 from pyvitfast.models.checkpoint import load
 from pyvitfast.prune import NViTPruner
 from pyvitfast.train import model as models
-from pyvitfast.train.data import Data, open_data
+from pyvitfast.train.data import Data, check_batch_size, open_data
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import DENSE, MODEL, RunFolder, Snapshot, write_atomically
 from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
@@ -148,6 +148,7 @@ def _job(
                 settings, snapshot = folder.resume(given)
             accelerator = accelerator_for(settings)
             data = open_data(settings, _gather)
+            check_batch_size(data, settings)
             if snapshot is not None:
                 model, origin = snapshot.model, snapshot.state["results"]["origin"]
             else:

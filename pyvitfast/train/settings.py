@@ -250,6 +250,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"--config {path} must hold lines of `key: value`, got a {type(data).__name__}.")
+    data.pop("verb", None)  # a run's own config.yaml says who wrote it
     return data
 
 
