@@ -1,4 +1,9 @@
 // The emulator as tests and launchers see it: its error, its settings and its counters.
+//
+// A kernel source is built with -std=c++20 -x c++ -DPYVITFAST_EMULATED and linked with all of
+// csrc/emulator/*.cpp. For AddressSanitizer both get -fsanitize=address. For ThreadSanitizer only
+// the kernel sources get -fsanitize=thread, and csrc/emulator gets -DPYVITFAST_EMULATOR_TSAN: the
+// emulator reads the data of all threads by design.
 #pragma once
 
 #include <cstdint>

@@ -42,6 +42,8 @@ constexpr unsigned char kPoison = 0xFF;  // NaN in every floating point type
 // Not the poison: -1 and NaN are likely to be written by mistake too. As a float it is -2.6e36.
 constexpr unsigned char kGuard = 0xFB;
 
+// Without waiting in between; a kernel that does more waits for what never comes.
+constexpr unsigned kMostAtomics = 50'000'000;
 constexpr std::size_t kMaxArrays = 60;
 constexpr unsigned kMaxCopies = 256;  // of one thread in flight
 constexpr unsigned kMaxGroups = 256;
@@ -243,6 +245,7 @@ struct Machine {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     unsigned thread_count = 0;
+    unsigned atomics = 0;  // of the running thread, since it was resumed
     unsigned exited = 0;
     unsigned at_barrier = 0;
     unsigned barrier_parity = 0;
@@ -463,6 +466,7 @@ std::vector<unsigned> missing_lanes(const Machine& m, unsigned warp, unsigned ma
 void run_lane(Machine& m, unsigned warp, unsigned lane) {
     Thread& thread = m.threads[warp * 32 + lane];
     execution.thread = &thread;
+    m.atomics = 0;
     m.scheduler.switch_to(thread.fiber);
     execution.thread = nullptr;
     if (m.error != nullptr) {
@@ -752,7 +756,14 @@ const char* name_of(Access access) {
 
 }  // namespace
 
-void fail(const char* what, Place place) { fail_text(what, place); }
+void count_atomic(Place place) {
+    if (++machine().atomics > kMostAtomics) {
+        fail_text("more than " + std::to_string(kMostAtomics) +
+                      " atomic operations without a barrier: the thread spins, maybe on another "
+                      "block, which need not run at the same time",
+                  place);
+    }
+}
 
 void fail_global(const void* address, std::size_t alignment, Access access, Place place) {
     const auto value = reinterpret_cast<std::uintptr_t>(address);
@@ -976,6 +987,17 @@ void multiply_matrices(MatrixMultiply& lane, Place place) {
     warp_operation(multiply_warp, &lane, 0xffffffffu, "mma", place);
 }
 
+namespace {
+
+thread_local bool launching = false;
+
+struct LaunchingFlag {
+    LaunchingFlag() { launching = true; }
+    ~LaunchingFlag() { launching = false; }
+};
+
+}  // namespace
+
 bool copies_at_issue() { return machine().settings.copy_at_issue; }
 
 void async_push(const AsyncCopy& copy) {
@@ -1027,7 +1049,11 @@ void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
 
 void launch(const LaunchRequest& request) {
     Machine& m = machine();
+    if (launching) {
+        throw EmulatorError("emulator: " + to_text(request.place) + ": a kernel called launch");
+    }
     const std::lock_guard guard(m.lock);
+    const LaunchingFlag flag;
     m.settings = read_settings();
     m.launch_place = request.place;
     m.kernel = m.names.try_emplace(request.kernel).first->second;

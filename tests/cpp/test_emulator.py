@@ -44,6 +44,7 @@ DETECTED = {
     "misaligned_copy": r"misaligned shared store: .* not a multiple of 16",
     "null_pointer": r"global load through a null pointer",
     "no_dynamic_shared": r"uses dynamic shared memory but was launched with none",
+    "spin": r"more than 50000000 atomic operations without a barrier",
     "threads": r"the block must have 1 to 1024 threads.*got \(1025, 1, 1\)",
     "threads_product": r"the block must have 1 to 1024 threads.*got \(32, 8, 5\)",
     "block_z": r"the block must .*got \(1, 1, 65\)",
@@ -102,6 +103,7 @@ def test_detector(plain, case):
     [
         ("parameters", r"kernel parameters must be at most 32764 bytes, got 32776"),
         ("static_shared", r"static shared memory must be at most 49152 bytes .* got 65536"),
+        ("nested_launch", r"emulator_kernels\.cu:\d+: a kernel called launch"),
         ("exception", r"the kernel threw an exception: thrown on purpose"),
     ],
 )
@@ -139,6 +141,7 @@ def test_reused_buffer_shows_when_copies_are_early(plain):
             r"thread (reads|writes) the same address",
         ),
         ("missing_warp_barrier", r"race on shared memory: thread \d+"),
+        ("write_after_read", r"race on shared memory: thread \d+"),
         ("reused_buffer", r"race on shared memory: thread \d+"),
         (
             "block_race",

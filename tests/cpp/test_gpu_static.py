@@ -53,6 +53,15 @@ def test_kernels_compile_without_spills(nvcc, tmp_path):
     assert copy["instructions"]["LDG.128"] == copy["instructions"]["STG.128"] == 1
 
 
+def test_launchers_compile(nvcc, tmp_path):
+    command = [nvcc, "-std=c++20", "-c", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-Xcompiler=-Wall"]
+    command += ["-gencode", "arch=compute_80,code=sm_80", str(HERE / "emulator_kernels.cu")]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+
+
 def test_local_memory_fails(nvcc, tmp_path):
     source = tmp_path / "local.cu"
     source.write_text(
