@@ -13,8 +13,9 @@
 namespace pyvitfast {
 
 // Thrown by launch() when a kernel, or the launch itself, is wrong. The message names the kernel,
-// the source line, the block and the threads.
-class EmulatorError : public std::runtime_error {
+// the source line, the block and the threads. Visible also in a library with hidden symbols, so
+// that another one can catch it.
+class __attribute__((visibility("default"))) EmulatorError : public std::runtime_error {
    public:
     using std::runtime_error::runtime_error;
 };
@@ -33,7 +34,9 @@ void emulator_configure(const std::string& name, const std::string& value);
 void emulator_reset_counters();
 
 // Counters by kernel since the last reset. "bytes_moved" is 32 bytes for each sector of each
-// request: there is no cache model, so a line read twice counts twice.
+// request: there is no cache model, so a line read twice counts twice. A request is what the lanes
+// of one warp ask for at one place between two barriers of the block, each for the n-th time; a
+// long loop without sync_threads therefore keeps its requests in memory until the block ends.
 std::string emulator_counters_json();
 
 }  // namespace pyvitfast

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -59,6 +61,8 @@ struct Settings {
     std::size_t max_shared = kOptInShared;
 };
 
+constexpr std::array kSettingNames = {"ORDER", "SEED", "ASYNC", "COUNT", "RACECHECK", "MAX_SHARED"};
+
 std::map<std::string, std::string>& overrides() {
     static std::map<std::string, std::string> values;
     return values;
@@ -71,13 +75,10 @@ std::map<std::string, std::string>& overrides() {
 
 void apply_setting(Settings& s, const std::string& name, const std::string& value) {
     auto number = [&] {
-        std::size_t used = 0;
         std::uint64_t result = 0;
-        try {
-            result = std::stoull(value, &used);
-        } catch (const std::exception&) {
-        }
-        if (used == 0 || used != value.size()) {
+        const auto [end, error] =
+            std::from_chars(value.data(), value.data() + value.size(), result);
+        if (error != std::errc{} || end != value.data() + value.size()) {
             bad_setting(name, value);
         }
         return result;
@@ -104,14 +105,12 @@ void apply_setting(Settings& s, const std::string& name, const std::string& valu
         if (s.max_shared > kMaxShared) {
             bad_setting(name, value);
         }
-    } else {
-        throw std::invalid_argument("emulator setting " + name + ": there is no such setting");
     }
 }
 
 Settings read_settings() {
     Settings result;
-    for (const char* name : {"ORDER", "SEED", "ASYNC", "COUNT", "RACECHECK", "MAX_SHARED"}) {
+    for (const char* name : kSettingNames) {
         const auto found = overrides().find(name);
         if (found != overrides().end()) {
             apply_setting(result, name, found->second);
@@ -1113,12 +1112,16 @@ namespace pyvitfast {
 void emulator_configure(const std::string& name, const std::string& value) {
     emulator::Machine& m = emulator::machine();
     const std::lock_guard guard(m.lock);
-    emulator::Settings scratch;
+    const auto& names = emulator::kSettingNames;
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+        throw std::invalid_argument("emulator setting " + name + ": there is no such setting");
+    }
     if (value.empty()) {
         emulator::overrides().erase(name);
         return;
     }
-    emulator::apply_setting(scratch, name, value);
+    emulator::Settings checked;
+    emulator::apply_setting(checked, name, value);
     emulator::overrides()[name] = value;
 }
 
