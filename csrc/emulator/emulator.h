@@ -25,7 +25,8 @@ class __attribute__((visibility("default"))) EmulatorError : public std::runtime
 //   PYVITFAST_EMULATOR_SEED       seed of the random order (default 0)
 //   PYVITFAST_EMULATOR_ASYNC      when cp.async copies: issue (default) or wait
 //   PYVITFAST_EMULATOR_COUNT      1 counts sectors and wavefronts
-//   PYVITFAST_EMULATOR_RACECHECK  1 looks for races through the wrapped accesses
+//   PYVITFAST_EMULATOR_RACECHECK  1 looks for races through the wrapped accesses; it takes 72 bytes
+//                                 for each byte of global memory that a launch touches
 //   PYVITFAST_EMULATOR_MAX_SHARED shared memory of one block in bytes after opting in
 // A value set here overrides the environment; an empty one returns to it. Throws
 // std::invalid_argument for an unknown name or value.
