@@ -167,15 +167,15 @@ def test_expanded_rows_need_no_copy():
 class Emulator:
     def __init__(self):
         self.library = ctypes.CDLL(str(_lib.find_binary("_ops_emulated")))
-        self.library.pyvitfast_emulator_counters.restype = ctypes.c_size_t
+        self.library.pyvitfast_emulator_counters_json.restype = ctypes.c_size_t
 
     def configure(self, name, value):
         assert self.library.pyvitfast_emulator_configure(name.encode(), value.encode()) == 0
 
     def counters(self):
-        size = self.library.pyvitfast_emulator_counters(None, 0)
+        size = self.library.pyvitfast_emulator_counters_json(None, 0)
         buffer = ctypes.create_string_buffer(size)
-        self.library.pyvitfast_emulator_counters(buffer, size)
+        self.library.pyvitfast_emulator_counters_json(buffer, size)
         return json.loads(buffer.value)["kernels"]
 
 
