@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -197,3 +200,21 @@ def test_shared_memory_has_no_bank_conflicts(counting):
     for kernel in counting.counters().values():
         for access in ("shared_load", "shared_store"):
             assert kernel[access]["wavefronts"] == kernel[access]["least_wavefronts"]
+
+
+@pytest.mark.skipif(EMULATED, reason="instruction sets belong to the CPU kernels")
+def test_every_instruction_set_gives_the_same_bits():
+    from pyvitfast import _C
+
+    script = (
+        "import torch, pyvitfast.ops as ops; torch.manual_seed(0);"
+        "draw = lambda d: [torch.randn(s).to(d) for s in ((130, 77), (33,), (64, 256))];"
+        "sums = [ops.saliency_rowcol(draw(d), draw(d), abs=a)"
+        " for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for a in (False, True)];"
+        "print(torch.cat([s.double() for s in sums]).view(torch.int64).tolist())"
+    )
+    seen = set()
+    for capability in _C.supported_cpu_capabilities():
+        env = {**os.environ, "PYVITFAST_CPU_CAPABILITY": capability}
+        seen.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout)
+    assert len(seen) == 1

@@ -12,7 +12,17 @@ PVF_INLINE void store_sum(void* sums, int64_t at, double value, bool double_sums
     }
 }
 
-// Products of two floats are exact in double, so the sums are those of exact arithmetic up to the
+// Exact: two floats multiply in double, two 16-bit floats already in float.
+template <typename W, typename G>
+PVF_INLINE Doubles product_of(const W* weight, const G* grad) {
+    if constexpr (sizeof(W) == 2 && sizeof(G) == 2) {
+        return widen(load_floats(weight) * load_floats(grad));
+    } else {
+        return load_doubles(weight) * load_doubles(grad);
+    }
+}
+
+// Products are exact, so the sums are those of exact arithmetic up to the
 // last bits.
 template <typename W, typename G, int kRows>
 PVF_INLINE void sum_rows(const W* weight, int64_t weight_stride, const G* grad, int64_t grad_stride,
@@ -22,9 +32,10 @@ PVF_INLINE void sum_rows(const W* weight, int64_t weight_stride, const G* grad, 
     int64_t col = 0;
     for (; col + kLanes <= cols; col += kLanes) {
         Doubles column = load_unaligned<Doubles>(partial + col);
+#pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
-            Doubles product = load_doubles(weight + row * weight_stride + col) *
-                              load_doubles(grad + row * grad_stride + col);
+            Doubles product =
+                product_of(weight + row * weight_stride + col, grad + row * grad_stride + col);
             product = reinterpret_cast<Doubles>(reinterpret_cast<LongWords>(product) & keep);
             rows[row] += product;
             column += product;
