@@ -43,9 +43,14 @@ class ModelSummary:
         lines = [f"{self.name}, input {'x'.join(map(str, self.input_size))}"]
         lines += [f"  parameters {self.params:>16,}", f"  MACs/image {self.macs:>16,}"]
         if self.latency is not None:
-            lines.append(f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})")
+            lines.append(
+                f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})"
+            )
         if self.blocks:
-            lines += [f"  embed_dim  {self.embed_dim:>16}", "  block  heads  qk_dim  v_dim    mlp"]
+            lines += [
+                f"  embed_dim  {self.embed_dim:>16}",
+                "  block  heads  qk_dim  v_dim    mlp",
+            ]
             lines += [
                 f"  {i:>5}  {b.heads:>5}  {b.qk_dim:>6}  {b.v_dim:>5}  {b.mlp:>5}"
                 for i, b in enumerate(self.blocks)
@@ -112,9 +117,13 @@ def summary(
                 f"{type(inner).__name__}."
             )
     elif len(input_size) != 3:
-        raise ValueError(f"summary: `input_size` must be (channels, height, width), got {input_size}.")
+        raise ValueError(
+            f"summary: `input_size` must be (channels, height, width), got {input_size}."
+        )
     parameter = next(inner.parameters(), torch.empty(0))
-    batch = torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
+    batch = torch.zeros(
+        batch_size, *input_size, device=parameter.device, dtype=parameter.dtype
+    )
     training = inner.training
     milliseconds = None
     try:
@@ -124,7 +133,10 @@ def summary(
                 macs = config.macs(input_size[1:])
             else:
                 # The counter knows attention on the CPU only as its separate products.
-                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                with (
+                    sdpa_kernel(SDPBackend.MATH),
+                    FlopCounterMode(display=False) as counter,
+                ):
                     inner(batch[:1])
                 macs = counter.get_total_flops() // 2
             if latency:

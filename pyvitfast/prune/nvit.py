@@ -77,7 +77,9 @@ class NViTPruner:
         **settings: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"NViTPruner: `model` must be an nn.Module, got {type(model).__name__}.")
+            raise TypeError(
+                f"NViTPruner: `model` must be an nn.Module, got {type(model).__name__}."
+            )
         self.config = config or NViTConfig.preset(
             preset, target=target, budget=budget, interval=interval, **settings
         )
@@ -169,38 +171,38 @@ class NViTPruner:
     @property
     def unscored(self) -> list[str]:
         """Structures without any gradient in this interval, such as those of frozen blocks; never pruned."""
-        return [s.name for s in self.structures if not self._has_gradient[s.start : s.stop].any()]
+        return [
+            s.name
+            for s in self.structures
+            if not self._has_gradient[s.start : s.stop].any()
+        ]
 
     @property
     def unit_scores(self) -> Tensor:
         """The running average of squared sums, float64 [U], as the next removal would use it."""
-        average, intervals = self._average()
-        if self.config.bias_correction and intervals:
-            average = average / (1 - self.config.momentum**intervals)
-        return average
+        return self._average()
 
     def _fraction(self, cost: Cost, dims: ViTDims) -> float:
         return cost.query(dims) / cost.query(self._dense)
 
-    def _average(self) -> tuple[Tensor, int]:
-        """The average with the open interval folded in, and the number of intervals in it."""
+    def _average(self) -> Tensor:
+        """The average over intervals, with the open one folded in."""
         committed = int(self._counts[0])
         if committed == 0:
-            return self._ema, self._intervals
+            return self._ema
         mean = self._acc.double().cpu() / committed
-        # Without bias correction the first interval stands for itself, else the average would start near 0;
-        # the released code's average does start at 0 after its reset.
-        if self._intervals == 0 and not self.config.bias_correction and not self._restarted():
-            return mean, 1
-        m = self.config.momentum
-        return m * self._ema + (1 - m) * mean, self._intervals + 1
-
-    def _restarted(self) -> bool:
-        return self.config.reset_at_first_removal and bool(self.history)
+        restarted = self.config.reset_at_first_removal and bool(self.history)
+        if self._intervals == 0 and (self.config.bias_correction or not restarted):
+            return mean
+        return self.config.momentum * self._ema + (1 - self.config.momentum) * mean
 
     def _layout_for(self, present: tuple[bool, ...]) -> None:
         """Build the CSR table for the parameters that have a gradient; frozen ones are left out."""
-        scored = [entry for entry, has in zip(self._scored_pieces, present, strict=True) if has]
+        scored = [
+            entry
+            for entry, has in zip(self._scored_pieces, present, strict=True)
+            if has
+        ]
         shapes = []
         for piece, _ in scored:
             view = piece.of(self._parameters[piece.parameter])
@@ -225,7 +227,10 @@ class NViTPruner:
         Raises:
             ValueError: no parameter that enters a score has a gradient.
         """
-        present = tuple(self._parameters[p.parameter].grad is not None for p, _ in self._scored_pieces)
+        present = tuple(
+            self._parameters[p.parameter].grad is not None
+            for p, _ in self._scored_pieces
+        )
         if not any(present):
             raise ValueError(
                 "NViTPruner.score: gradients: at least one parameter must have a gradient, got grad=None "
@@ -236,15 +241,29 @@ class NViTPruner:
         self._has_gradient = self._fed & (self._has_gradient | self._fresh)
         self._fresh = False
         if inv_scale is not None and not isinstance(inv_scale, Tensor):
-            inv_scale = torch.tensor(float(inv_scale), dtype=torch.float32, device=self._device)
+            inv_scale = torch.tensor(
+                float(inv_scale), dtype=torch.float32, device=self._device
+            )
         pairs = [self._parameters[piece.parameter] for piece in self._present]
         workspace = ops.implementation("saliency_rowcol", self._device)(
-            [piece.of(p.detach()) for piece, p in zip(self._present, pairs, strict=True)],
-            [piece.of(p.grad) for piece, p in zip(self._present, pairs, strict=True) if p.grad is not None],
+            [
+                piece.of(p.detach())
+                for piece, p in zip(self._present, pairs, strict=True)
+            ],
+            [
+                piece.of(p.grad)
+                for piece, p in zip(self._present, pairs, strict=True)
+                if p.grad is not None
+            ],
             inv_scale=inv_scale,
         )
         ops.implementation("saliency_commit_", self._device)(
-            self._acc, self._counts, workspace, self._indptr, self._indices, coeff=self._coeff
+            self._acc,
+            self._counts,
+            workspace,
+            self._indptr,
+            self._indices,
+            coeff=self._coeff,
         )
 
     def step(
@@ -366,7 +385,9 @@ class NViTPruner:
             values = self.unit_scores
             candidates &= self._has_gradient
         else:
-            if scores.shape != (self.table.count,) or not bool(torch.isfinite(scores).all()):
+            if scores.shape != (self.table.count,) or not bool(
+                torch.isfinite(scores).all()
+            ):
                 raise ValueError(
                     f"NViTPruner.prune_once: `scores` must be finite with shape [{self.table.count}], "
                     f"got {list(scores.shape)}."
@@ -394,7 +415,11 @@ class NViTPruner:
             {
                 "step": self.steps,
                 "removed": [
-                    {"structure": s.name, "units": (units - s.start).tolist(), "score": score}
+                    {
+                        "structure": s.name,
+                        "units": (units - s.start).tolist(),
+                        "score": score,
+                    }
                     for s, units, score in chosen
                 ],
                 "dims": dims.to_dict(),
@@ -408,16 +433,22 @@ class NViTPruner:
     def _cost_term(self) -> Tensor:
         term = torch.zeros(self.table.count, dtype=torch.float64)
         if self.config.eta:
-            eta = self.config.eta * self.config.batch_ref / (self.config.batch_size or self.config.batch_ref)
+            eta = (
+                self.config.eta
+                * self.config.batch_ref
+                / (self.config.batch_size or self.config.batch_ref)
+            )
             whole = self._saving.query(self._dense)
-            for s, saved in zip(self.structures, self._saving.delta(self.dims), strict=True):
+            for s, saved in zip(
+                self.structures, self._saving.delta(self.dims), strict=True
+            ):
                 # A timed table can say that a unit costs less than nothing; that is noise, not a reward.
                 term[s.start : s.stop] = eta * max(0.0, saved) / whole
         return term
 
     def _close_interval(self, used: bool) -> None:
         if used:
-            self._ema, self._intervals = self._average()
+            self._ema, self._intervals = self._average(), self._intervals + 1
             if self.config.reset_at_first_removal and not self.history:
                 self._ema, self._intervals = torch.zeros_like(self._ema), 0
         self._skipped += int(self._counts[1])
@@ -426,7 +457,9 @@ class NViTPruner:
         self._fresh = True
 
     def _agree(self) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):
             return
         mine = self._alive.to(self._device, torch.uint8)
         lowest, highest = mine.clone(), mine.clone()
@@ -451,8 +484,12 @@ class NViTPruner:
                 on_device[axis] = None if bool(alive.all()) else alive.to(self._device)
             return on_device[axis]
 
-        masked = [(piece, mask(piece.rows), mask(piece.cols)) for piece in self.table.pieces]
-        self._masked = [entry for entry in masked if entry[1] is not None or entry[2] is not None]
+        masked = [
+            (piece, mask(piece.rows), mask(piece.cols)) for piece in self.table.pieces
+        ]
+        self._masked = [
+            entry for entry in masked if entry[1] is not None or entry[2] is not None
+        ]
 
     @torch.no_grad()
     def rezero(self, optimizer: Any = None) -> None:
@@ -468,8 +505,16 @@ class NViTPruner:
         states = {} if optimizer is None else optimizer.state
         for piece, row, col in self._masked:
             parameter = self._parameters[piece.parameter]
-            for tensor in (parameter.detach(), parameter.grad, *states.get(parameter, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == parameter.shape:
+            for tensor in (
+                parameter.detach(),
+                parameter.grad,
+                *states.get(parameter, {}).values(),
+            ):
+                if (
+                    isinstance(tensor, Tensor)
+                    and tensor.ndim
+                    and tensor.shape == parameter.shape
+                ):
                     tensors.append(piece.of(tensor))
                     rows.append(row)
                     cols.append(col)
@@ -526,7 +571,10 @@ class NViTPruner:
         Raises:
             ValueError: the state belongs to a model of other widths or to other settings.
         """
-        for name, mine in (("dense", self._dense.to_dict()), ("config", self.config.to_dict())):
+        for name, mine in (
+            ("dense", self._dense.to_dict()),
+            ("config", self.config.to_dict()),
+        ):
             if state[name] != mine:
                 raise ValueError(
                     f"NViTPruner.load_state_dict: `{name}` must equal this pruner's {mine}, got "

@@ -15,7 +15,12 @@ from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 Axis = tuple[str, int]
 
 # The units that an axis of a weight matrix runs over: an attention row is one head and one of its dims.
-_KINDS_OF_AXIS = {"embed": ("embed",), "qk": ("head", "qk"), "v": ("head", "v"), "mlp": ("mlp",)}
+_KINDS_OF_AXIS = {
+    "embed": ("embed",),
+    "qk": ("head", "qk"),
+    "v": ("head", "v"),
+    "mlp": ("mlp",),
+}
 _PAPER_GROUP = {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
 _SMALL_GROUP = {"embed": 4, "head": 1, "qk": 2, "v": 2, "mlp": 8}
 _SMALL_EMBED = 128
@@ -106,12 +111,26 @@ def _pieces(config: ViTConfig) -> Iterator[Piece]:
         qk, v = dims.heads * dims.qk_dim, dims.heads * dims.v_dim
         bounds = pairwise((0, qk, 2 * qk, 2 * qk + v))
         summed = ({"head", "qk"}, {"head"}, {"head", "v"})
-        for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
+        for (start, stop), axis, kinds in zip(
+            bounds, ("qk", "qk", "v"), summed, strict=True
+        ):
             yield Piece(
-                f"{block}.attn.qkv.weight", (axis, i), embed, frozenset({"embed", *kinds}), start, stop
+                f"{block}.attn.qkv.weight",
+                (axis, i),
+                embed,
+                frozenset({"embed", *kinds}),
+                start,
+                stop,
             )
             if config.qkv_bias:
-                yield Piece(f"{block}.attn.qkv.bias", (axis, i), None, frozenset(kinds), start, stop)
+                yield Piece(
+                    f"{block}.attn.qkv.bias",
+                    (axis, i),
+                    None,
+                    frozenset(kinds),
+                    start,
+                    stop,
+                )
         yield Piece(f"{block}.attn.proj.weight", embed, ("v", i), frozenset({"embed"}))
         yield from norm(f"{block}.norm2")
         yield Piece(f"{block}.mlp.fc1.weight", mlp, embed, frozenset({"embed", "mlp"}))
@@ -145,17 +164,28 @@ class UnitTable:
         NViT (Yang et al., CVPR 2023), section 3.1.
     """
 
-    def __init__(self, config: ViTConfig, group_sizes: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, config: ViTConfig, group_sizes: dict[str, int] | None = None
+    ) -> None:
         self.config = config
         self.pieces = tuple(_pieces(config))
         self.structures: dict[Axis, Structure] = {}
         sizes: dict[Axis, int] = {("embed", -1): config.dims.embed_dim}
         for i, d in enumerate(config.dims.blocks):
-            sizes |= {("head", i): d.heads, ("qk", i): d.qk_dim, ("v", i): d.v_dim, ("mlp", i): d.mlp}
+            sizes |= {
+                ("head", i): d.heads,
+                ("qk", i): d.qk_dim,
+                ("v", i): d.v_dim,
+                ("mlp", i): d.mlp,
+            }
         self.count = 0
         for (kind, block), size in sizes.items():
-            group = (group_sizes or {}).get(kind) or group_size(kind, size, config.dims.embed_dim)
-            self.structures[kind, block] = Structure(kind, block, self.count, size, group)
+            group = (group_sizes or {}).get(kind) or group_size(
+                kind, size, config.dims.embed_dim
+            )
+            self.structures[kind, block] = Structure(
+                kind, block, self.count, size, group
+            )
             self.count += size
 
     def units(self, axis: Axis, kind: str) -> Tensor:
@@ -173,14 +203,21 @@ class UnitTable:
         """The pieces that enter some unit's sum, each with the kinds of those units."""
         found = []
         for piece in self.pieces:
-            kinds = {k for axis in (piece.rows, piece.cols) if axis for k in _KINDS_OF_AXIS[axis[0]]}
+            kinds = {
+                k
+                for axis in (piece.rows, piece.cols)
+                if axis
+                for k in _KINDS_OF_AXIS[axis[0]]
+            }
             taken = frozenset(kinds) if membership == "full" else piece.subset
             if taken:
                 found.append((piece, taken))
         return found
 
     def csr(
-        self, scored: Sequence[tuple[Piece, frozenset[str]]], shapes: Sequence[tuple[int, int]]
+        self,
+        scored: Sequence[tuple[Piece, frozenset[str]]],
+        shapes: Sequence[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         """Where in the workspace of ``saliency_rowcol`` each unit finds the sums it adds up.
 
@@ -194,7 +231,10 @@ class UnitTable:
         owners, places = [], []
         offset = 0
         for (piece, kinds), (rows, cols) in zip(scored, shapes, strict=True):
-            for axis, start, length in ((piece.rows, offset, rows), (piece.cols, offset + rows, cols)):
+            for axis, start, length in (
+                (piece.rows, offset, rows),
+                (piece.cols, offset + rows, cols),
+            ):
                 for kind in _KINDS_OF_AXIS[axis[0]] if axis else ():
                     if axis and kind in kinds:
                         owners.append(self.units(axis, kind))
@@ -213,12 +253,16 @@ class UnitTable:
         mask = alive[own.start : own.stop]
         if axis[0] in ("qk", "v"):
             head = self.structures["head", axis[1]]
-            mask = (alive[head.start : head.stop, None] & mask).flatten()  # [H, D] -> [H * D]
+            mask = (
+                alive[head.start : head.stop, None] & mask
+            ).flatten()  # [H, D] -> [H * D]
         return mask
 
     def dims(self, alive: Tensor) -> ViTDims:
         """Widths that are left under the mask [U]."""
-        sums = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]).tolist()
+        sums = torch.cat(
+            [alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]
+        ).tolist()
         left = {key: sums[s.stop] - sums[s.start] for key, s in self.structures.items()}
         blocks = tuple(
             BlockDims(left["head", i], left["qk", i], left["v", i], left["mlp", i])
@@ -228,13 +272,18 @@ class UnitTable:
 
     def removable(self, structure: Structure, candidates: int, left: int) -> int:
         """How many groups may still go, with at least one group kept."""
-        return max(0, min(candidates // structure.group_size, (left - 1) // structure.group_size))
+        return max(
+            0,
+            min(candidates // structure.group_size, (left - 1) // structure.group_size),
+        )
 
     def floor(self) -> ViTDims:
         """The smallest widths that removal can reach."""
         alive = torch.ones(self.count, dtype=torch.bool)
         for s in self.structures.values():
-            alive[s.start : s.start + self.removable(s, s.size, s.size) * s.group_size] = False
+            alive[
+                s.start : s.start + self.removable(s, s.size, s.size) * s.group_size
+            ] = False
         return self.dims(alive)
 
     def select(
@@ -260,8 +309,12 @@ class UnitTable:
             count = self.removable(s, len(index), int(alive[s.start : s.stop].sum()))
             # No more than `groups` groups of one structure can be among the lowest of all.
             count = min(count, groups)
-            order = index[torch.argsort(scores[index], stable=True)[: count * s.group_size]]
+            order = index[
+                torch.argsort(scores[index], stable=True)[: count * s.group_size]
+            ]
             for place, units in enumerate(order.view(count, s.group_size)):
-                pool.append((float(scores[units].sum()), number, place, s, units.sort().values))
+                pool.append(
+                    (float(scores[units].sum()), number, place, s, units.sort().values)
+                )
         pool.sort(key=lambda entry: entry[:3])
         return [(s, units, score) for score, _, _, s, units in pool[:groups]]

@@ -1,0 +1,1 @@
+"""Benchmarks of the ops and small-scale reproductions of the papers."""
