@@ -103,7 +103,12 @@ def saliency_commit_(
 
 
 def _fake(
-    acc: Tensor, counts: Tensor, workspace: Tensor, indptr: Tensor, indices: Tensor, coeff: Tensor | None
+    acc: Tensor,
+    counts: Tensor,
+    workspace: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    coeff: Tensor | None = None,
 ) -> None:
     _check(acc, counts, workspace, indptr, indices, coeff)
 

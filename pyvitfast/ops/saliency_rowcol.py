@@ -93,7 +93,9 @@ def saliency_rowcol(
     return result
 
 
-def _fake(weights: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None, abs: bool) -> Tensor:
+def _fake(
+    weights: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None = None, abs: bool = False
+) -> Tensor:
     _check(weights, grads, inv_scale)
     size = sum(w.shape[0] + (w.shape[1] if w.ndim == 2 else 1) for w in weights)
     wide = any(w.dtype == torch.float64 for w in weights)

@@ -166,6 +166,7 @@ def _fake(
 def _fake_backward(
     grads: list[Tensor],
     indices: list[Tensor],
+    orders: list[Tensor],
     rows: list[int],
     cols: list[int],
     scales: list[Tensor],
@@ -191,9 +192,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     rows, cols, row_scale, col_scale = ctx.places
+    # Sorted indices let each input entry find its readers, so repeats add up in a fixed order.
+    by_value = [torch.sort(index.long(), stable=True) for index in saved[: ctx.indices]]
     out = torch.ops.pyvitfast.structured_gather_backward(
         [g.contiguous() for g in grads],
-        list(saved[: ctx.indices]),
+        [pair.values for pair in by_value],
+        [pair.indices for pair in by_value],
         rows,
         cols,
         list(saved[ctx.indices :]),
@@ -201,7 +205,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
         col_scale,
         *ctx.sizes,
     )
-    return list(out), None, None, None, None, None, None
+    constants = [None] * ctx.indices, None, None, [None] * (len(saved) - ctx.indices), None, None
+    return list(out), *constants
 
 
 def _refuse_second(ctx: Any, *_: Any) -> None:

@@ -1,0 +1,100 @@
+// Introspection only; never on an op's path.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu_capability.h"
+#include "ops/saliency_commit_/saliency_commit_.h"
+#include "ops/saliency_rowcol/saliency_rowcol.h"
+#include "ops/structured_gather/structured_gather.h"
+#include "ops/structured_zero_/structured_zero_.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Shapes = std::vector<std::pair<int64_t, int64_t>>;
+
+py::dict plan(int64_t launches, int64_t blocks, int64_t threads, int64_t shared,
+              int64_t least_bytes) {
+    py::dict out;
+    out["launches"] = launches;
+    out["blocks"] = blocks;
+    out["threads"] = threads;
+    out["shared_bytes"] = shared;
+    out["least_bytes"] = least_bytes;
+    return out;
+}
+
+int64_t launches(size_t count, size_t most) {
+    return static_cast<int64_t>((count + most - 1) / most);
+}
+
+// What the CUDA launchers would do with float32 tensors of these shapes; the same on every
+// architecture.
+py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
+    using namespace pyvitfast;
+    if (arch < 80) {
+        throw py::value_error("launch_plan: `arch` must be 80 or newer, got " +
+                              std::to_string(arch));
+    }
+    int64_t blocks = 0;
+    int64_t elements = 0;
+    int64_t edges = 0;
+    for (const auto& [rows, cols] : shapes) {
+        elements += rows * cols;
+        edges += rows + cols;
+        if (op == "saliency_rowcol") {
+            blocks += std::max<int64_t>(saliency_row_tiles(rows) * saliency_col_tiles(cols), 1);
+        } else if (op == "structured_zero_") {
+            blocks += zero_row_tiles(rows) * zero_col_tiles(cols);
+        } else if (op == "structured_gather") {
+            blocks += gather_row_tiles(rows) * gather_col_tiles(cols);
+        } else if (op == "saliency_commit_") {
+            blocks += (rows * cols + kCommitThreads - 1) / kCommitThreads;
+        } else {
+            throw py::value_error("launch_plan: unknown op '" + op + "'");
+        }
+    }
+    if (op == "saliency_rowcol") {
+        const int64_t shared = kSaliencyCudaThreads / 32 * kSaliencyCudaTileRows * 4 + 4;
+        return plan(launches(shapes.size(), kMaxSaliencyMatrices), blocks, kSaliencyCudaThreads,
+                    shared, 8 * elements + 4 * edges);
+    }
+    if (op == "structured_zero_") {
+        return plan(launches(shapes.size(), kMaxZeroTensors), blocks, kZeroThreads, 0,
+                    4 * elements);
+    }
+    if (op == "structured_gather") {
+        return plan(launches(shapes.size(), kMaxGatherTensors), blocks, kGatherThreads, 0,
+                    8 * elements);
+    }
+    return plan(2, blocks, kCommitThreads, 0, 12 * elements);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "What was built and what this processor can run.";
+    m.def(
+        "cpu_capability",
+        [] { return pyvitfast::cpu_capability_name(pyvitfast::cpu_capability()); },
+        "The instruction set the CPU kernels run with: baseline, avx2 or avx512.");
+    m.def("supported_cpu_capabilities", [] {
+        std::vector<std::string> names;
+        for (const auto capability : pyvitfast::supported_cpu_capabilities()) {
+            names.emplace_back(pyvitfast::cpu_capability_name(capability));
+        }
+        return names;
+    });
+    m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shapes"), py::arg("arch") = 80,
+          "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
+          "float32 "
+          "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
+          "commit_: the "
+          "shapes are (units, 1).");
+}
