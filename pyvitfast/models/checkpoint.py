@@ -60,13 +60,9 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     if architecture["kind"] == "vit":
         return ViTConfig.from_dict(architecture["config"]).build()
     if architecture["kind"] == "timm":
-        model: nn.Module = timm.create_model(
-            architecture["name"], **architecture["arguments"]
-        )
+        model: nn.Module = timm.create_model(architecture["name"], **architecture["arguments"])
         return model
-    raise ValueError(
-        f"load: architecture kind must be 'vit' or 'timm', got {architecture['kind']!r}."
-    )
+    raise ValueError(f"load: architecture kind must be 'vit' or 'timm', got {architecture['kind']!r}.")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -128,9 +124,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _check_suffix("save", path)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"save: `model` must be an nn.Module, got {type(model).__name__}."
-        )
+        raise TypeError(f"save: `model` must be an nn.Module, got {type(model).__name__}.")
     model = unwrap(model)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -147,10 +141,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     pretrained = getattr(model, "pretrained_cfg", None)
     if pretrained and _jsonable(dict(pretrained)):
         header["pretrained_cfg"] = dict(pretrained)
-    tensors = {
-        name: t.detach().cpu().contiguous().clone()
-        for name, t in model.state_dict().items()
-    }
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     header["sha256"] = _digest(tensors)
     data = safetensors_torch.save(tensors, {_KEY: json.dumps(header)})
     try:
@@ -240,9 +231,6 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         )
     model.load_state_dict(tensors, assign=True)
     if "pretrained_cfg" in header:
-        pretrained = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in header["pretrained_cfg"].items()
-        }
+        pretrained = {k: tuple(v) if isinstance(v, list) else v for k, v in header["pretrained_cfg"].items()}
         model.pretrained_cfg = model.default_cfg = pretrained  # type: ignore[assignment]
     return model.train(bool(header.get("training", False)))

@@ -50,16 +50,12 @@ def _layer_name(layer: nn.Module) -> str:
 def _layer_class(name: str) -> type[nn.Module]:
     room, _, kind = name.rpartition(".")
     found = getattr(_ROOMS.get(room), kind, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(
-            f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}."
-        )
-    return found
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise ValueError(f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}.")
 
 
-def _refuse(
-    model: nn.Module, where: str, rule: str, got: object
-) -> NotImplementedError:
+def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplementedError:
     return NotImplementedError(
         f"ViTConfig.from_model: {type(model).__name__}: {where}: {rule}, got {got}. Supported are timm's "
         "VisionTransformer and VisionTransformerDistilled with plain blocks."
@@ -71,9 +67,7 @@ def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, flo
         raise _refuse(model, name, "must be a timm Block", type(block).__name__)
     attn, mlp = block.attn, block.mlp
     if type(attn) not in (Attention, PrunedAttention):
-        raise _refuse(
-            model, f"{name}.attn", "must be timm's Attention", type(attn).__name__
-        )
+        raise _refuse(model, f"{name}.attn", "must be timm's Attention", type(attn).__name__)
     for part in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, part, nn.Identity()), nn.Identity):
             raise _refuse(
@@ -92,15 +86,11 @@ def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, flo
             type(mlp).__name__,
         )
     if getattr(mlp.act, "approximate", "none") != "none":
-        raise _refuse(
-            model, f"{name}.mlp.act", "must be a class without arguments", repr(mlp.act)
-        )
+        raise _refuse(model, f"{name}.mlp.act", "must be a class without arguments", repr(mlp.act))
     if isinstance(attn, PrunedAttention):
         dims = BlockDims(attn.num_heads, attn.qk_dim, attn.v_dim, mlp.fc1.out_features)
     else:
-        dims = BlockDims(
-            attn.num_heads, attn.head_dim, attn.head_dim, mlp.fc1.out_features
-        )
+        dims = BlockDims(attn.num_heads, attn.head_dim, attn.head_dim, mlp.fc1.out_features)
     return dims, float(attn.scale)
 
 
@@ -177,14 +167,10 @@ class ViTConfig:
                 type(embed).__name__,
             )
         if model.attn_pool is not None:
-            raise _refuse(
-                model, "attn_pool", "must be None", type(model.attn_pool).__name__
-            )
+            raise _refuse(model, "attn_pool", "must be None", type(model.attn_pool).__name__)
         if embed.img_size is None:
             raise _refuse(model, "patch_embed.img_size", "must be set", None)
-        blocks = [
-            _block_dims(model, f"blocks.{i}", b) for i, b in enumerate(model.blocks)
-        ]
+        blocks = [_block_dims(model, f"blocks.{i}", b) for i, b in enumerate(model.blocks)]
         if not blocks:
             raise _refuse(model, "blocks", "must hold at least one block", 0)
         first, last = model.blocks[0], model.blocks[-1]
@@ -195,11 +181,7 @@ class ViTConfig:
             and not isinstance(m, nn.Identity)
         }
         for name, norm in norms.items():
-            if (
-                not isinstance(norm, nn.LayerNorm)
-                or norm.weight is None
-                or norm.bias is None
-            ):
+            if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
                 raise _refuse(
                     model,
                     name,
@@ -207,9 +189,7 @@ class ViTConfig:
                     type(norm).__name__,
                 )
             if norm.eps != first.norm1.eps or type(norm) is not type(first.norm1):
-                raise _refuse(
-                    model, name, "must equal blocks.0.norm1 in class and eps", norm
-                )
+                raise _refuse(model, name, "must equal blocks.0.norm1 in class and eps", norm)
         scale = first.ls1 if isinstance(first.ls1, LayerScale) else None
         path = last.drop_path2
         config = cls(
@@ -266,17 +246,11 @@ class ViTConfig:
         }
         arguments = {name: getattr(self, name) for name in passed}
         arguments["act_layer"] = _layer_class(self.act_layer)
-        arguments["norm_layer"] = partial(
-            _layer_class(self.norm_layer), eps=self.norm_eps
-        )
+        arguments["norm_layer"] = partial(_layer_class(self.norm_layer), eps=self.norm_eps)
         if self.distilled:
             del arguments["reg_tokens"], arguments["class_token"]
         if self.pruned:
-            ours = (
-                PrunedVisionTransformerDistilled
-                if self.distilled
-                else PrunedVisionTransformer
-            )
+            ours = PrunedVisionTransformerDistilled if self.distilled else PrunedVisionTransformer
             return ours(self.dims, self.scales, **arguments)
         width, block = self.dims.embed_dim, self.dims.blocks[0]
         # Half a unit more, so that timm's int(width * ratio) cannot round below the true width.
@@ -286,9 +260,7 @@ class ViTConfig:
             num_heads=block.heads,
             mlp_ratio=(block.mlp + 0.5) / width,
         )
-        model: nn.Module = (
-            VisionTransformerDistilled if self.distilled else VisionTransformer
-        )(**arguments)
+        model: nn.Module = (VisionTransformerDistilled if self.distilled else VisionTransformer)(**arguments)
         return model
 
     def prune(self, dims: ViTDims) -> ViTConfig:
@@ -301,9 +273,7 @@ class ViTConfig:
         patches = 1
         for pixels, patch in zip(size, self.patch_size, strict=True):
             patches *= -(-pixels // patch) if self.dynamic_img_pad else pixels // patch
-        return patches, patches + int(self.class_token) + int(
-            self.distilled
-        ) + self.reg_tokens
+        return patches, patches + int(self.class_token) + int(self.distilled) + self.reg_tokens
 
     def params(self) -> int:
         """Exact number of parameters."""
@@ -315,9 +285,7 @@ class ViTConfig:
         vectors += int(not self.pre_norm)  # patch embedding bias
         vectors += 2 * int(self.pre_norm) + 2 * int(self.final_norm)
         vectors += len(self.dims.blocks) * (4 + 2 * int(self.init_values is not None))
-        total = width * (
-            vectors + self.in_chans * self.patch_size[0] * self.patch_size[1]
-        )
+        total = width * (vectors + self.in_chans * self.patch_size[0] * self.patch_size[1])
         for d in self.dims.blocks:
             total += (width + int(self.qkv_bias)) * d.heads * (2 * d.qk_dim + d.v_dim)
             total += (d.heads * d.v_dim + bias) * width
@@ -334,9 +302,7 @@ class ViTConfig:
         """
         width = self.dims.embed_dim
         patches, tokens = self.tokens(img_size)
-        total = (
-            patches * self.in_chans * self.patch_size[0] * self.patch_size[1] * width
-        )
+        total = patches * self.in_chans * self.patch_size[0] * self.patch_size[1] * width
         for d in self.dims.blocks:
             total += tokens * width * d.heads * 2 * (d.qk_dim + d.v_dim)
             total += tokens * tokens * d.heads * (d.qk_dim + d.v_dim)

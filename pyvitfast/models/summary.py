@@ -43,9 +43,7 @@ class ModelSummary:
         lines = [f"{self.name}, input {'x'.join(map(str, self.input_size))}"]
         lines += [f"  parameters {self.params:>16,}", f"  MACs/image {self.macs:>16,}"]
         if self.latency is not None:
-            lines.append(
-                f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})"
-            )
+            lines.append(f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})")
         if self.blocks:
             lines += [
                 f"  embed_dim  {self.embed_dim:>16}",
@@ -117,13 +115,9 @@ def summary(
                 f"{type(inner).__name__}."
             )
     elif len(input_size) != 3:
-        raise ValueError(
-            f"summary: `input_size` must be (channels, height, width), got {input_size}."
-        )
+        raise ValueError(f"summary: `input_size` must be (channels, height, width), got {input_size}.")
     parameter = next(inner.parameters(), torch.empty(0))
-    batch = torch.zeros(
-        batch_size, *input_size, device=parameter.device, dtype=parameter.dtype
-    )
+    batch = torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
     training = inner.training
     milliseconds = None
     try:

@@ -40,9 +40,7 @@ class ViTDims:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ViTDims:
         """The inverse of :meth:`to_dict`."""
-        return cls(
-            data["embed_dim"], tuple(BlockDims(**block) for block in data["blocks"])
-        )
+        return cls(data["embed_dim"], tuple(BlockDims(**block) for block in data["blocks"]))
 
 
 class PrunedAttention(nn.Module):
@@ -90,15 +88,11 @@ class PrunedAttention(nn.Module):
         self.proj = nn.Linear(v, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend over ``x`` [B, N, E]; returns [B, N, E]."""
         batch, tokens, _ = x.shape
         q, k, v = (
-            part.view(batch, tokens, self.num_heads, -1).transpose(
-                1, 2
-            )  # [B, H, N, QK or V]
+            part.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # [B, H, N, QK or V]
             for part in self.qkv(x).split(self.splits, dim=-1)
         )
         x = F.scaled_dot_product_attention(
@@ -140,9 +134,7 @@ class PrunedBlock(Block):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         # timm builds the norms, layer scales and drop paths; its attention and MLP are replaced below.
-        super().__init__(
-            dim, num_heads=1, mlp_ratio=0.0, device=device, dtype=dtype, **kwargs
-        )
+        super().__init__(dim, num_heads=1, mlp_ratio=0.0, device=device, dtype=dtype, **kwargs)
         self.attn = PrunedAttention(
             dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop, device, dtype
         )
@@ -158,9 +150,7 @@ class PrunedBlock(Block):  # type: ignore[misc]
 
 
 def _arguments(dims: ViTDims, scales: Sequence[float]) -> dict[str, Any]:
-    remaining = iter(
-        zip(dims.blocks, scales, strict=True)
-    )  # timm makes the blocks in order
+    remaining = iter(zip(dims.blocks, scales, strict=True))  # timm makes the blocks in order
 
     def block_fn(**kwargs: Any) -> PrunedBlock:
         return PrunedBlock(*next(remaining), **kwargs)

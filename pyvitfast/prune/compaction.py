@@ -12,9 +12,7 @@ from pyvitfast import ops
 from pyvitfast.prune.structure import Axis, UnitTable
 
 
-def _kept(
-    table: UnitTable, alive: Tensor
-) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+def _kept(table: UnitTable, alive: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """Kept rows and columns of each parameter; None where nothing is cut."""
     rows: dict[str, list[Tensor] | None] = {}
     cols: dict[str, Tensor | None] = {}
@@ -30,10 +28,7 @@ def _kept(
         parts = rows.setdefault(piece.parameter, [])
         if parts is not None:
             parts.append(index(piece.rows) + piece.start)
-    joined = {
-        name: None if parts is None else torch.cat(parts)
-        for name, parts in rows.items()
-    }
+    joined = {name: None if parts is None else torch.cat(parts) for name, parts in rows.items()}
     return {name: (joined[name], cols[name]) for name in rows}
 
 
@@ -55,30 +50,20 @@ def compact_model(
     }
     norm_weights = {p.parameter for p in table.pieces if p.is_norm_weight}
     factor = (table.config.dims.embed_dim / dims.embed_dim) ** 0.5
-    states: Mapping[Tensor, dict[str, Any]] = (
-        {} if optimizer is None else optimizer.state
-    )
+    states: Mapping[Tensor, dict[str, Any]] = {} if optimizer is None else optimizer.state
 
     jobs: list[tuple[str, str | None, Tensor]] = []
     for name, parameter in old.items():
         jobs.append((name, None, parameter.detach()))
         for state, value in states.get(parameter, {}).items():
             # Only what runs along the parameter is cut: step counts and factored moments are not.
-            if (
-                isinstance(value, Tensor)
-                and value.ndim
-                and value.shape == parameter.shape
-            ):
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
                 jobs.append((name, state, value.detach()))
     scales: list[Tensor | None] = []
     for name, key, tensor in jobs:
         scaled = ln_fix and key is None and name in norm_weights and factor != 1.0
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        scales.append(
-            torch.full((dims.embed_dim,), factor, dtype=wide, device=device)
-            if scaled
-            else None
-        )
+        scales.append(torch.full((dims.embed_dim,), factor, dtype=wide, device=device) if scaled else None)
     gathered = ops.implementation("structured_gather", device)(
         [_matrix(tensor) for _, _, tensor in jobs],
         [kept.get(name, (None, None))[0] for name, _, _ in jobs],
@@ -121,9 +106,7 @@ def _move_optimizer(
 ) -> None:
     names = {id(parameter): name for name, parameter in old.items()}
     for group in optimizer.param_groups:
-        group["params"] = [
-            new[names[id(p)]] if id(p) in names else p for p in group["params"]
-        ]
+        group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
     for name, parameter in old.items():
         if parameter in optimizer.state:
             optimizer.state[new[name]] = {

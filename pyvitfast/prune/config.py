@@ -133,9 +133,7 @@ class NViTConfig:
             ValueError: unknown name.
         """
         if name not in PRESETS:
-            raise ValueError(
-                f"NViTConfig: `preset` must be one of {', '.join(PRESETS)}, got {name!r}."
-            )
+            raise ValueError(f"NViTConfig: `preset` must be one of {', '.join(PRESETS)}, got {name!r}.")
         if name == "paper":
             return cls(**changes)
         settings: dict[str, Any] = {

@@ -29,9 +29,7 @@ def one_fewer(dims: ViTDims) -> Iterator[ViTDims]:
     for i, block in enumerate(dims.blocks):
         for name in ("heads", "qk_dim", "v_dim", "mlp"):
             smaller = replace(block, **{name: getattr(block, name) - 1})
-            yield replace(
-                dims, blocks=(*dims.blocks[:i], smaller, *dims.blocks[i + 1 :])
-            )
+            yield replace(dims, blocks=(*dims.blocks[:i], smaller, *dims.blocks[i + 1 :]))
 
 
 class _Counted:

@@ -77,9 +77,7 @@ class NViTPruner:
         **settings: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"NViTPruner: `model` must be an nn.Module, got {type(model).__name__}."
-            )
+            raise TypeError(f"NViTPruner: `model` must be an nn.Module, got {type(model).__name__}.")
         self.config = config or NViTConfig.preset(
             preset, target=target, budget=budget, interval=interval, **settings
         )
@@ -171,11 +169,7 @@ class NViTPruner:
     @property
     def unscored(self) -> list[str]:
         """Structures without any gradient in this interval, such as those of frozen blocks; never pruned."""
-        return [
-            s.name
-            for s in self.structures
-            if not self._has_gradient[s.start : s.stop].any()
-        ]
+        return [s.name for s in self.structures if not self._has_gradient[s.start : s.stop].any()]
 
     @property
     def unit_scores(self) -> Tensor:
@@ -198,11 +192,7 @@ class NViTPruner:
 
     def _layout_for(self, present: tuple[bool, ...]) -> None:
         """Build the CSR table for the parameters that have a gradient; frozen ones are left out."""
-        scored = [
-            entry
-            for entry, has in zip(self._scored_pieces, present, strict=True)
-            if has
-        ]
+        scored = [entry for entry, has in zip(self._scored_pieces, present, strict=True) if has]
         shapes = []
         for piece, _ in scored:
             view = piece.of(self._parameters[piece.parameter])
@@ -227,10 +217,7 @@ class NViTPruner:
         Raises:
             ValueError: no parameter that enters a score has a gradient.
         """
-        present = tuple(
-            self._parameters[p.parameter].grad is not None
-            for p, _ in self._scored_pieces
-        )
+        present = tuple(self._parameters[p.parameter].grad is not None for p, _ in self._scored_pieces)
         if not any(present):
             raise ValueError(
                 "NViTPruner.score: gradients: at least one parameter must have a gradient, got grad=None "
@@ -241,20 +228,11 @@ class NViTPruner:
         self._has_gradient = self._fed & (self._has_gradient | self._fresh)
         self._fresh = False
         if inv_scale is not None and not isinstance(inv_scale, Tensor):
-            inv_scale = torch.tensor(
-                float(inv_scale), dtype=torch.float32, device=self._device
-            )
+            inv_scale = torch.tensor(float(inv_scale), dtype=torch.float32, device=self._device)
         pairs = [self._parameters[piece.parameter] for piece in self._present]
         workspace = ops.implementation("saliency_rowcol", self._device)(
-            [
-                piece.of(p.detach())
-                for piece, p in zip(self._present, pairs, strict=True)
-            ],
-            [
-                piece.of(p.grad)
-                for piece, p in zip(self._present, pairs, strict=True)
-                if p.grad is not None
-            ],
+            [piece.of(p.detach()) for piece, p in zip(self._present, pairs, strict=True)],
+            [piece.of(p.grad) for piece, p in zip(self._present, pairs, strict=True) if p.grad is not None],
             inv_scale=inv_scale,
         )
         ops.implementation("saliency_commit_", self._device)(
@@ -385,9 +363,7 @@ class NViTPruner:
             values = self.unit_scores
             candidates &= self._has_gradient
         else:
-            if scores.shape != (self.table.count,) or not bool(
-                torch.isfinite(scores).all()
-            ):
+            if scores.shape != (self.table.count,) or not bool(torch.isfinite(scores).all()):
                 raise ValueError(
                     f"NViTPruner.prune_once: `scores` must be finite with shape [{self.table.count}], "
                     f"got {list(scores.shape)}."
@@ -433,15 +409,9 @@ class NViTPruner:
     def _cost_term(self) -> Tensor:
         term = torch.zeros(self.table.count, dtype=torch.float64)
         if self.config.eta:
-            eta = (
-                self.config.eta
-                * self.config.batch_ref
-                / (self.config.batch_size or self.config.batch_ref)
-            )
+            eta = self.config.eta * self.config.batch_ref / (self.config.batch_size or self.config.batch_ref)
             whole = self._saving.query(self._dense)
-            for s, saved in zip(
-                self.structures, self._saving.delta(self.dims), strict=True
-            ):
+            for s, saved in zip(self.structures, self._saving.delta(self.dims), strict=True):
                 # A timed table can say that a unit costs less than nothing; that is noise, not a reward.
                 term[s.start : s.stop] = eta * max(0.0, saved) / whole
         return term
@@ -457,9 +427,7 @@ class NViTPruner:
         self._fresh = True
 
     def _agree(self) -> None:
-        if not (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        ):
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         mine = self._alive.to(self._device, torch.uint8)
         lowest, highest = mine.clone(), mine.clone()
@@ -484,12 +452,8 @@ class NViTPruner:
                 on_device[axis] = None if bool(alive.all()) else alive.to(self._device)
             return on_device[axis]
 
-        masked = [
-            (piece, mask(piece.rows), mask(piece.cols)) for piece in self.table.pieces
-        ]
-        self._masked = [
-            entry for entry in masked if entry[1] is not None or entry[2] is not None
-        ]
+        masked = [(piece, mask(piece.rows), mask(piece.cols)) for piece in self.table.pieces]
+        self._masked = [entry for entry in masked if entry[1] is not None or entry[2] is not None]
 
     @torch.no_grad()
     def rezero(self, optimizer: Any = None) -> None:
@@ -510,11 +474,7 @@ class NViTPruner:
                 parameter.grad,
                 *states.get(parameter, {}).values(),
             ):
-                if (
-                    isinstance(tensor, Tensor)
-                    and tensor.ndim
-                    and tensor.shape == parameter.shape
-                ):
+                if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == parameter.shape:
                     tensors.append(piece.of(tensor))
                     rows.append(row)
                     cols.append(col)

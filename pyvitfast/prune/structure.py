@@ -111,9 +111,7 @@ def _pieces(config: ViTConfig) -> Iterator[Piece]:
         qk, v = dims.heads * dims.qk_dim, dims.heads * dims.v_dim
         bounds = pairwise((0, qk, 2 * qk, 2 * qk + v))
         summed = ({"head", "qk"}, {"head"}, {"head", "v"})
-        for (start, stop), axis, kinds in zip(
-            bounds, ("qk", "qk", "v"), summed, strict=True
-        ):
+        for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
             yield Piece(
                 f"{block}.attn.qkv.weight",
                 (axis, i),
@@ -164,9 +162,7 @@ class UnitTable:
         NViT (Yang et al., CVPR 2023), section 3.1.
     """
 
-    def __init__(
-        self, config: ViTConfig, group_sizes: dict[str, int] | None = None
-    ) -> None:
+    def __init__(self, config: ViTConfig, group_sizes: dict[str, int] | None = None) -> None:
         self.config = config
         self.pieces = tuple(_pieces(config))
         self.structures: dict[Axis, Structure] = {}
@@ -180,12 +176,8 @@ class UnitTable:
             }
         self.count = 0
         for (kind, block), size in sizes.items():
-            group = (group_sizes or {}).get(kind) or group_size(
-                kind, size, config.dims.embed_dim
-            )
-            self.structures[kind, block] = Structure(
-                kind, block, self.count, size, group
-            )
+            group = (group_sizes or {}).get(kind) or group_size(kind, size, config.dims.embed_dim)
+            self.structures[kind, block] = Structure(kind, block, self.count, size, group)
             self.count += size
 
     def units(self, axis: Axis, kind: str) -> Tensor:
@@ -203,12 +195,7 @@ class UnitTable:
         """The pieces that enter some unit's sum, each with the kinds of those units."""
         found = []
         for piece in self.pieces:
-            kinds = {
-                k
-                for axis in (piece.rows, piece.cols)
-                if axis
-                for k in _KINDS_OF_AXIS[axis[0]]
-            }
+            kinds = {k for axis in (piece.rows, piece.cols) if axis for k in _KINDS_OF_AXIS[axis[0]]}
             taken = frozenset(kinds) if membership == "full" else piece.subset
             if taken:
                 found.append((piece, taken))
@@ -253,16 +240,12 @@ class UnitTable:
         mask = alive[own.start : own.stop]
         if axis[0] in ("qk", "v"):
             head = self.structures["head", axis[1]]
-            mask = (
-                alive[head.start : head.stop, None] & mask
-            ).flatten()  # [H, D] -> [H * D]
+            mask = (alive[head.start : head.stop, None] & mask).flatten()  # [H, D] -> [H * D]
         return mask
 
     def dims(self, alive: Tensor) -> ViTDims:
         """Widths that are left under the mask [U]."""
-        sums = torch.cat(
-            [alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]
-        ).tolist()
+        sums = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]).tolist()
         left = {key: sums[s.stop] - sums[s.start] for key, s in self.structures.items()}
         blocks = tuple(
             BlockDims(left["head", i], left["qk", i], left["v", i], left["mlp", i])
@@ -281,9 +264,7 @@ class UnitTable:
         """The smallest widths that removal can reach."""
         alive = torch.ones(self.count, dtype=torch.bool)
         for s in self.structures.values():
-            alive[
-                s.start : s.start + self.removable(s, s.size, s.size) * s.group_size
-            ] = False
+            alive[s.start : s.start + self.removable(s, s.size, s.size) * s.group_size] = False
         return self.dims(alive)
 
     def select(
@@ -309,12 +290,8 @@ class UnitTable:
             count = self.removable(s, len(index), int(alive[s.start : s.stop].sum()))
             # No more than `groups` groups of one structure can be among the lowest of all.
             count = min(count, groups)
-            order = index[
-                torch.argsort(scores[index], stable=True)[: count * s.group_size]
-            ]
+            order = index[torch.argsort(scores[index], stable=True)[: count * s.group_size]]
             for place, units in enumerate(order.view(count, s.group_size)):
-                pool.append(
-                    (float(scores[units].sum()), number, place, s, units.sort().values)
-                )
+                pool.append((float(scores[units].sum()), number, place, s, units.sort().values))
         pool.sort(key=lambda entry: entry[:3])
         return [(s, units, score) for score, _, _, s, units in pool[:groups]]
