@@ -225,7 +225,7 @@ def test_residual_writers_sum_to_zero_and_readers_equal_norms(micro, batch, back
     for block in model.blocks:
         writers += [*block.attn.proj.parameters(), *block.mlp.fc2.parameters()]
     total = sum(float(sums(p)[: p.shape[0]].sum()) for p in writers)
-    size = sum(float((p * p.grad).abs().sum()) for p in writers)
+    size = sum(float((p.detach() * p.grad).abs().sum()) for p in writers)
     assert abs(total) < 1e-6 * size
     for block in model.blocks:
         for layer, norm in ((block.attn.qkv, block.norm1), (block.mlp.fc1, block.norm2)):
@@ -277,7 +277,11 @@ def permuted(model, kind, order):
             block.mlp.fc2.weight.copy_(block.mlp.fc2.weight[:, order])
         elif kind == "embed":
             for name, p in model.named_parameters():
-                if name.startswith("patch_embed") or "norm" in name or name.endswith(("proj.bias", "fc2.bias")):
+                if (
+                    name.startswith("patch_embed")
+                    or "norm" in name
+                    or name.endswith(("proj.bias", "fc2.bias"))
+                ):
                     p.copy_(p[order])
                 elif name.endswith(("token", "pos_embed", "qkv.weight", "fc1.weight", "head.weight")):
                     p.copy_(p[..., order])

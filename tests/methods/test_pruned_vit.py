@@ -59,7 +59,9 @@ def test_explicit_scale_and_unequal_widths():
     """One block by hand: softmax(s q k^T) v with QK = 3, V = 5, without SDPA."""
     torch.manual_seed(0)
     dims = ViTDims(16, (BlockDims(2, 3, 5, 7),))
-    model = PrunedVisionTransformer(dims, [0.37], img_size=8, patch_size=4, in_chans=1, num_classes=3).double()
+    model = PrunedVisionTransformer(
+        dims, [0.37], img_size=8, patch_size=4, in_chans=1, num_classes=3
+    ).double()
     attn = model.blocks[0].attn
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     qkv = x @ attn.qkv.weight.T + attn.qkv.bias
