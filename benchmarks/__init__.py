@@ -1,1 +1,1 @@
-"""Benchmarks of the ops and small-scale reproductions of the papers."""
+"""Benchmarks: ``benchmarks.run`` times the ops, ``benchmarks.papers`` repeats the papers at small scale."""

@@ -41,7 +41,7 @@ def support() -> dict[str, dict[str, bool]]:
         keys = {}
         for key in ("CPU", "CUDA", "Meta", "Autograd"):
             registered = bool(ops.STATUS.loaded) and torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"pyvitfast::{name}", "AutogradCPU" if key == "Autograd" else key
+                f"pyvitfast::{name}", key
             )
             keys[key] = bool(registered)
         table[name] = keys

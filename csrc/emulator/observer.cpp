@@ -109,7 +109,6 @@ struct Observer {
     std::uint32_t barriers = 0;
     std::vector<std::uint32_t> warp_barriers;
     const char* shared_base = nullptr;
-    std::size_t shared_bytes = 0;
     std::vector<ShadowByte> shared_shadow;
     std::unordered_map<std::uintptr_t, std::unique_ptr<ShadowPage>> global_shadow;
     std::uintptr_t last_page_number = 0;
@@ -233,12 +232,17 @@ void count_access(Site& site, std::uintptr_t address, const ThreadContext& threa
     log.requests[n].address[thread.lane] = address;
 }
 
+std::string to_text(const Site& site) {
+    const std::string file = site.file;
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
+}
+
 std::string describe(const char* memory, const char* unit, bool atomic_mix, const char* first_did,
                      std::uint32_t first_owner, const Site* first_site, const char* second_did) {
     std::string text = std::string("race on ") + memory + " memory: " + unit + " " +
                        std::to_string(first_owner - 1) + " " + first_did + " at " +
-                       first_site->file + ":" + std::to_string(first_site->line) + ", this " +
-                       unit + " " + second_did + " the same address";
+                       to_text(*first_site) + ", this " + unit + " " + second_did +
+                       " the same address";
     if (atomic_mix) {
         text += " (only one of the two is atomic)";
     }
@@ -360,7 +364,7 @@ void observer_begin_launch(const std::string& kernel, ObserverSettings settings,
     o.site_cache.fill(nullptr);
     o.warps = (threads_per_block + 31) / 32;
     o.shared_base = static_cast<const char*>(shared_base);
-    o.shared_bytes = shared_bytes;
+    o.shared_shadow.resize(shared_bytes);
     o.global_shadow.clear();
     o.last_page = nullptr;
     o.block_order.clear();
@@ -376,11 +380,9 @@ void observer_begin_launch(const std::string& kernel, ObserverSettings settings,
 void observer_begin_block(std::uint64_t block) {
     Observer& o = observer();
     o.block = static_cast<std::uint32_t>(block);
-    o.barriers = 0;
+    // Never reset, so that what the last block did to shared memory is not concurrent.
+    o.barriers += 1;
     o.warp_barriers.assign(o.warps, 0);
-    if (o.settings.check_races) {
-        o.shared_shadow.assign(o.shared_bytes, {});
-    }
 }
 
 void observer_barrier() {

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from pyvitfast import _lib
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,6 +26,11 @@ def defined() -> bool:
     from pyvitfast.ops import STATUS
 
     return bool(STATUS.loaded)
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing, and not on CUDA, where it would cost a host sync."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
 
 
 def tensor_list(op: str, argument: str, value: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
@@ -84,33 +88,47 @@ def dtype_in(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dty
         )
 
 
-def slots(values: Sequence[Tensor | None] | None, count: int) -> tuple[list[Tensor], list[int]]:
-    """The distinct tensors of ``values`` and, for each of ``count`` places, the index of its tensor or -1."""
-    if values is None:
-        return [], [-1] * count
+def slots(values: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The tensors of ``values``, and for each place the index of its tensor or -1.
+
+    A tensor that stands in many places is passed once, except while tracing, where its identity would
+    become a guard and so a recompilation.
+    """
     tensors: list[Tensor] = []
     seen: dict[int, int] = {}
     places = []
+    tracing = torch.compiler.is_compiling()
     for value in values:
         if value is None:
             places.append(-1)
-            continue
-        if id(value) not in seen:
-            seen[id(value)] = len(tensors)
+        elif not tracing and id(value) in seen:
+            places.append(seen[id(value)])
+        else:
+            if not tracing:
+                seen[id(value)] = len(tensors)
+            places.append(len(tensors))
             tensors.append(value)
-        places.append(seen[id(value)])
     return tensors, places
 
 
+def _neighbours(tensor: Tensor, order: Sequence[int]) -> bool:
+    step = 1
+    for dim in reversed(order):
+        if tensor.shape[dim] != 1 and tensor.stride(dim) != step:
+            return False
+        step = step * tensor.shape[dim]
+    return True
+
+
 def rows_view(op: str, argument: str, tensor: Tensor) -> Tensor:
-    """``tensor`` of rank 3 or more as [O, rest] without a copy, whatever order the trailing dims lie in."""
+    """``tensor`` of rank 3 or more as [O, rest] without a copy: trailing dims contiguous or channels-last."""
     if tensor.ndim <= 2:
         return tensor
-    order = sorted(range(1, tensor.ndim), key=lambda dim: -tensor.stride(dim))
-    try:
-        return tensor.permute(0, *order).view(tensor.shape[0], -1)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{op}: `{argument}` of shape {list(tensor.shape)} and strides {list(tensor.stride())} cannot be "
-            "viewed as rows in place; pass a contiguous or channels-last tensor, or a 2-D view of it."
-        ) from error
+    orders = [list(range(1, tensor.ndim)), [*range(2, tensor.ndim), 1]]
+    for order in orders:
+        if _neighbours(tensor, order):
+            return tensor.permute(0, *order).view(tensor.shape[0], -1)
+    raise ValueError(
+        f"{op}: `{argument}` of shape {list(tensor.shape)} and strides {list(tensor.stride())} cannot be "
+        "viewed as rows in place; pass a contiguous or channels-last tensor, or a 2-D view of it."
+    )

@@ -120,12 +120,12 @@ def structured_gather(
     _check(tensors, rows, cols, row_scale, col_scale)
     if not tensors:
         return []
-    if not torch.compiler.is_compiling() and tensors[0].device.type == "cpu":
+    if _checks.has_data(tensors[0]):
         _check_bounds(tensors, rows, cols)
     count = len(tensors)
-    indices, index_places = _checks.slots([*rows, *cols], 2 * count)
+    indices, index_places = _checks.slots([*rows, *cols])
     none: list[Tensor | None] = [None] * count
-    scales, scale_places = _checks.slots([*(row_scale or none), *(col_scale or none)], 2 * count)
+    scales, scale_places = _checks.slots([*(row_scale or none), *(col_scale or none)])
     matrices = [t if t.ndim <= 2 else t.flatten(1) for t in tensors]
     out: list[Tensor] = op(
         matrices,

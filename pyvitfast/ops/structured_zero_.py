@@ -78,7 +78,7 @@ def structured_zero_(
     _check(tensors, row_alive, col_alive)
     if not tensors:
         return
-    masks, places = _checks.slots([*row_alive, *col_alive], 2 * len(tensors))
+    masks, places = _checks.slots([*row_alive, *col_alive])
     if not masks:
         return
     views = [_checks.rows_view(NAME, f"tensors[{i}]", t.detach()) for i, t in enumerate(tensors)]

@@ -14,7 +14,7 @@ def structured_zero_(
 ) -> None:
     """Store 0 in dead rows and columns; see :func:`pyvitfast.ops.structured_zero_`."""
     for tensor, rows, cols in zip(tensors, row_alive, col_alive, strict=True):
-        target = tensor.detach()
+        target = tensor.detach() if tensor.ndim > 1 else tensor.detach().unsqueeze(1)  # [O, ...]
         if rows is not None:
             target[~rows] = 0
         if cols is not None:
