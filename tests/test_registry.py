@@ -157,3 +157,12 @@ def test_reference_imports_torch_only():
 def test_kernels_include_no_torch_header():
     for path in [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*_cpu.cpp"), *(ROOT / "csrc/portable").glob("*")]:
         assert not re.search(r"#include\s+[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_support_table_of_the_readme_is_the_dispatchers():
+    if "_ops_cuda" not in ops.STATUS.loaded:
+        pytest.skip("the table has a CUDA column; " + ops.STATUS.reasons.get("cuda", ""))
+    import runpy
+
+    table = runpy.run_path(str(ROOT / "tools/support_table.py"))["table"]()
+    assert table in (ROOT / "README.md").read_text()

@@ -78,3 +78,16 @@ def emulator_program(compile_cxx, tmp_path_factory):
         return built[variant]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def emulator_library(compile_cxx, tmp_path_factory):
+    """The test kernels as a shared library with hidden symbols, like an extension module."""
+    folder = tmp_path_factory.mktemp("library")
+    library = folder / "libkernels.so"
+    flags = ["-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DPYVITFAST_EMULATED", f"-I{HERE}"]
+    sources = [HERE / "emulator_library.cpp", HERE / "emulator_kernels.cu"]
+    compile_cxx(
+        *flags, "-x", "c++", *sources, *EMULATOR_SOURCES, "-x", "none", "-ldl", "-o", library
+    )
+    return library

@@ -266,6 +266,7 @@ std::map<std::string, std::function<bool(bool)>> cases() {
     };
     table["divergent_barrier"] = ones(divergent_barrier, 64);
     table["early_exit_barrier"] = ones(early_exit_barrier, 64);
+    table["write_after_read"] = ones(write_after_read, 64);
     table["caller_outside_mask"] = ones(caller_outside_mask, 32);
     table["shared_overflow_raw"] = ones(shared_overflow_raw, 32);
     table["shared_overflow_wrapped"] = ones(shared_overflow_wrapped, 32);
@@ -310,6 +311,11 @@ std::map<std::string, std::function<bool(bool)>> cases() {
         std::uint32_t out = 0;
         block_race(&out, bug);
         return out == 4;
+    };
+    table["spin"] = [](bool bug) {
+        std::uint32_t flags[2] = {};
+        spin(flags, bug);
+        return flags[0] == 1 && flags[1] == 1;
     };
     table["mixed_atomic"] = [](bool bug) {
         std::uint32_t out = 0;
@@ -358,6 +364,11 @@ std::map<std::string, std::function<bool(bool)>> cases() {
         float out = 0;
         oversize_static_shared(&out);
         return out == 1.0f;
+    };
+    table["nested_launch"] = [](bool) {
+        float out = 0;
+        launching_kernel(&out);
+        return true;
     };
     table["exception"] = [](bool) {
         std::vector<float> out(64);

@@ -422,6 +422,34 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(8, 1) misaligned_vector_kernel(const float* x, floa
     store_vec(out + i, load_vec<4>(x + i + (Bug ? 1 : 0)));
 }
 
+// The bug is a block that waits for one that need not run beside it.
+template <bool Bug>
+PVF_KERNEL PVF_LAUNCH_BOUNDS(32, 1) spin_kernel(std::uint32_t* flags) {
+    if (thread_idx().x == 0) {
+        atomic_add(flags + block_idx().x, 1u);
+        while (Bug && atomic_add(flags + 1 - block_idx().x, 0u) == 0) {
+        }
+    }
+}
+
+// One thread reads what another reads too and then writes.
+template <bool Bug>
+PVF_KERNEL PVF_LAUNCH_BOUNDS(64, 1) write_after_read_kernel(float* out) {
+    PVF_SHARED(float, value, 1);
+    if (thread_idx().x == 0) {
+        store_shared(&value[0], 1.0f);
+    }
+    sync_threads();
+    const float read = load_shared(&value[0]);
+    if (!Bug) {
+        sync_threads();
+    }
+    if (thread_idx().x == 0) {
+        store_shared(&value[0], 2.0f);
+    }
+    store(out + thread_idx().x, read);
+}
+
 PVF_KERNEL PVF_LAUNCH_BOUNDS(32, 1) copy_kernel(const float* x, float* out) {
     store(out + thread_idx().x, load(x + thread_idx().x));
 }
@@ -470,6 +498,10 @@ PVF_KERNEL oversize_static_shared_kernel(float* out) {
     store_shared(&first[0], 1.0f);
     store_shared(&second[0], load_shared(&first[0]));
     store(out, load_shared(&second[0]));
+}
+
+PVF_KERNEL launching_kernel_kernel(float* out) {
+    launch(fill_kernel, Dim3(1), Dim3(1), 0, nullptr, out);
 }
 
 PVF_KERNEL throwing_kernel_kernel(float* out) {
@@ -553,6 +585,7 @@ DEFINE_BUG_LAUNCHER(shuffle_outside_mask, 1, 32, 0)
 DEFINE_BUG_LAUNCHER(caller_outside_mask, 1, 32, 0)
 DEFINE_BUG_LAUNCHER(missing_barrier, 1, 64, 0)
 DEFINE_BUG_LAUNCHER(missing_warp_barrier, 1, 64, 0)
+DEFINE_BUG_LAUNCHER(write_after_read, 1, 64, 0)
 DEFINE_BUG_LAUNCHER(shared_overflow_raw, 1, 32, 0)
 DEFINE_BUG_LAUNCHER(shared_overflow_wrapped, 1, 32, 0)
 DEFINE_BUG_LAUNCHER(shared_underflow, 1, 32, 128)
@@ -579,6 +612,12 @@ void reused_buffer(const float* x, float* out, int tiles, bool bug) {
 void block_race(std::uint32_t* out, bool bug) {
     with_flag(bug, [&](auto flag) {
         check(launch(block_race_kernel<decltype(flag)::value>, Dim3(4), Dim3(32), 0, nullptr, out));
+    });
+}
+
+void spin(std::uint32_t* flags, bool bug) {
+    with_flag(bug, [&](auto flag) {
+        check(launch(spin_kernel<decltype(flag)::value>, Dim3(2), Dim3(32), 0, nullptr, flags));
     });
 }
 
@@ -619,6 +658,9 @@ void oversize_parameters(float* out) {
 }
 void oversize_static_shared(float* out) {
     check(launch(oversize_static_shared_kernel, Dim3(1), Dim3(1), 0, nullptr, out));
+}
+void launching_kernel(float* out) {
+    check(launch(launching_kernel_kernel, Dim3(1), Dim3(1), 0, nullptr, out));
 }
 void throwing_kernel(float* out) {
     check(launch(throwing_kernel_kernel, Dim3(1), Dim3(64), 0, nullptr, out));

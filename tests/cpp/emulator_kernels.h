@@ -30,6 +30,8 @@ void missing_barrier(float* out, bool bug);
 void missing_warp_barrier(float* out, bool bug);
 void missing_wait(const float* x, float* out, bool bug);
 void reused_buffer(const float* x, float* out, int tiles, bool bug);
+void write_after_read(float* out, bool bug);
+void spin(std::uint32_t* flags, bool bug);
 void block_race(std::uint32_t* out, bool bug);
 void mixed_atomic(std::uint32_t* out, bool bug);
 void shared_overflow_raw(float* out, bool bug);
@@ -46,6 +48,7 @@ void opt_in(float* out, std::size_t allowed, std::size_t shared);
 #if defined(PYVITFAST_EMULATED)  // nvcc refuses these already
 void oversize_parameters(float* out);
 void oversize_static_shared(float* out);
+void launching_kernel(float* out);
 void throwing_kernel(float* out);
 #endif
 

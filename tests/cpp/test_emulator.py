@@ -1,6 +1,7 @@
 """The emulator: right kernels give right results in every order, and each detector fires on a
 planted mistake and stays silent on the corrected kernel."""
 
+import ctypes
 import json
 import os
 import re
@@ -44,6 +45,7 @@ DETECTED = {
     "misaligned_copy": r"misaligned shared store: .* not a multiple of 16",
     "null_pointer": r"global load through a null pointer",
     "no_dynamic_shared": r"uses dynamic shared memory but was launched with none",
+    "spin": r"more than 50000000 atomic operations without a barrier",
     "threads": r"the block must have 1 to 1024 threads.*got \(1025, 1, 1\)",
     "threads_product": r"the block must have 1 to 1024 threads.*got \(32, 8, 5\)",
     "block_z": r"the block must .*got \(1, 1, 65\)",
@@ -102,6 +104,7 @@ def test_detector(plain, case):
     [
         ("parameters", r"kernel parameters must be at most 32764 bytes, got 32776"),
         ("static_shared", r"static shared memory must be at most 49152 bytes .* got 65536"),
+        ("nested_launch", r"emulator_kernels\.cu:\d+: a kernel called launch"),
         ("exception", r"the kernel threw an exception: thrown on purpose"),
     ],
 )
@@ -139,6 +142,7 @@ def test_reused_buffer_shows_when_copies_are_early(plain):
             r"thread (reads|writes) the same address",
         ),
         ("missing_warp_barrier", r"race on shared memory: thread \d+"),
+        ("write_after_read", r"race on shared memory: thread \d+"),
         ("reused_buffer", r"race on shared memory: thread \d+"),
         (
             "block_race",
@@ -214,6 +218,41 @@ def test_wavefronts(plain):
 def test_no_counters_by_default(plain):
     done = run(plain, "block_sums")
     assert done.stdout == ""
+
+
+def test_library_in_python(emulator_library):
+    library = ctypes.CDLL(str(emulator_library))
+    for function in [
+        library.pyvitfast_emulator_configure,
+        library.pyvitfast_emulator_counters_json,
+        library.run_transpose,
+    ]:
+        function.restype = ctypes.c_char_p
+
+    def configure(name, value):
+        return library.pyvitfast_emulator_configure(name.encode(), value.encode())
+
+    size = 64
+    x = (ctypes.c_float * (size * size))(*range(size * size))
+    out = (ctypes.c_float * (size * size))()
+    assert configure("COUNT", "1") is None
+    for _ in range(2):
+        assert library.run_transpose(x, out, size) is None
+    assert out[1] == size and out[size] == 1
+    kernels = json.loads(library.pyvitfast_emulator_counters_json())["kernels"]
+    ((name, counters),) = kernels.items()
+    # The kernel has internal linkage, so its name is in the full symbol table only.
+    assert name == "pyvitfast::testing::(anonymous namespace)::transpose_kernel<false>"
+    assert counters["launches"] == 2
+    library.pyvitfast_emulator_reset_counters()
+    assert json.loads(library.pyvitfast_emulator_counters_json()) == {"kernels": {}}
+    assert configure("COUNT", "") is None
+    assert library.run_transpose(x, out, size) is None
+    assert json.loads(library.pyvitfast_emulator_counters_json()) == {"kernels": {}}
+
+    assert b"global load through a null pointer" in library.run_transpose(None, out, size)
+    assert b"emulator setting SEED" in configure("SEED", "-1")
+    assert b"there is no such setting" in configure("COLOUR", "")
 
 
 def test_recovers_after_errors(plain):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import ctypes
-import json
 import math
 
 import pytest
@@ -9,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvitfast import _lib, ops, reference
+from pyvitfast import ops, reference
+from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, LAYOUTS, SIZES, BadCall, OpTable, Sample, strided
 
 
@@ -164,28 +163,13 @@ def test_expanded_rows_need_no_copy():
     torch.testing.assert_close(ops.saliency_rowcol([w], [g]), reference.saliency_rowcol([w], [g]), atol=1e-5, rtol=1e-5)
 
 
-class Emulator:
-    def __init__(self):
-        self.library = ctypes.CDLL(str(_lib.find_binary("_ops_emulated")))
-        self.library.pyvitfast_emulator_counters.restype = ctypes.c_size_t
-
-    def configure(self, name, value):
-        assert self.library.pyvitfast_emulator_configure(name.encode(), value.encode()) == 0
-
-    def counters(self):
-        size = self.library.pyvitfast_emulator_counters(None, 0)
-        buffer = ctypes.create_string_buffer(size)
-        self.library.pyvitfast_emulator_counters(buffer, size)
-        return json.loads(buffer.value)["kernels"]
-
-
 @pytest.fixture
 def counting():
     if not EMULATED:
         pytest.skip("counters belong to the emulated backend")
     emulator = Emulator()
     emulator.configure("COUNT", "1")
-    emulator.library.pyvitfast_emulator_reset_counters()
+    emulator.reset_counters()
     yield emulator
     emulator.configure("COUNT", "")
 
