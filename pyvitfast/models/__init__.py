@@ -1,0 +1,27 @@
+"""Models the methods give back, their checkpoints and their summary."""
+
+from pyvitfast.models.checkpoint import load, save
+from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.summary import ModelSummary, summary
+from pyvitfast.models.vision_transformer import (
+    BlockDims,
+    PrunedAttention,
+    PrunedBlock,
+    PrunedVisionTransformer,
+    PrunedVisionTransformerDistilled,
+    ViTDims,
+)
+
+__all__ = [
+    "BlockDims",
+    "ModelSummary",
+    "PrunedAttention",
+    "PrunedBlock",
+    "PrunedVisionTransformer",
+    "PrunedVisionTransformerDistilled",
+    "ViTConfig",
+    "ViTDims",
+    "load",
+    "save",
+    "summary",
+]

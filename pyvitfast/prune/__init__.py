@@ -1,0 +1,17 @@
+"""NViT: global structural pruning of Vision Transformers."""
+
+from pyvitfast.prune.config import NViTConfig
+from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
+from pyvitfast.prune.nvit import NViTPruner
+from pyvitfast.prune.structure import Structure, UnitTable, group_size
+
+__all__ = [
+    "Cost",
+    "MacsCost",
+    "NViTConfig",
+    "NViTPruner",
+    "ParamsCost",
+    "Structure",
+    "UnitTable",
+    "group_size",
+]

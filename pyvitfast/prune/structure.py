@@ -1,0 +1,297 @@
+"""Which weights belong to which structural unit of a Vision Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.vision_transformer import BlockDims, ViTDims
+
+Axis = tuple[str, int]
+
+# The units that an axis of a weight matrix runs over: an attention row is one head and one of its dims.
+_KINDS_OF_AXIS = {
+    "embed": ("embed",),
+    "qk": ("head", "qk"),
+    "v": ("head", "v"),
+    "mlp": ("mlp",),
+}
+_PAPER_GROUP = {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
+_SMALL_GROUP = {"embed": 4, "head": 1, "qk": 2, "v": 2, "mlp": 8}
+_SMALL_EMBED = 128
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Consecutive units of one kind: ``start`` is the index of the first one among all units of the model."""
+
+    kind: str
+    block: int
+    start: int
+    size: int
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        """``embed`` or, for instance, ``blocks.3.qk``."""
+        return self.kind if self.kind == "embed" else f"blocks.{self.block}.{self.kind}"
+
+    @property
+    def stop(self) -> int:
+        """Index after the last unit."""
+        return self.start + self.size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one parameter, seen as a matrix, and the axes its rows and columns run over.
+
+    ``subset`` holds the kinds whose sums take this piece under the released code's membership.
+    """
+
+    parameter: str
+    rows: Axis | None
+    cols: Axis | None
+    subset: frozenset[str]
+    start: int = 0
+    stop: int | None = None
+    is_norm_weight: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor shaped like the parameter: a view of rank 1 or 2, of rank 4 for a kernel."""
+        if tensor.ndim == 3:  # tokens and position embedding [1, N, E]
+            return tensor.view(-1, tensor.shape[-1])
+        return tensor if self.stop is None else tensor[self.start : self.stop]
+
+
+def group_size(kind: str, size: int, embed_dim: int) -> int:
+    """The automatic group size of a structure of ``size`` units.
+
+    The largest power of two that divides ``size``, leaves two groups or more, and does not exceed the paper's
+    size: embed 16, head 2, qk 8, v 8, mlp 16. Models narrower than 128 channels have so few units that
+    these would be too coarse; there the limits are 4, 1, 2, 2, 8.
+    """
+    limit = (_PAPER_GROUP if embed_dim >= _SMALL_EMBED else _SMALL_GROUP)[kind]
+    group = 1
+    while group * 2 <= limit and size % (group * 2) == 0 and size // (group * 2) >= 2:
+        group *= 2
+    return group
+
+
+def _pieces(config: ViTConfig) -> Iterator[Piece]:
+    embed: Axis = ("embed", -1)
+    none: frozenset[str] = frozenset()
+
+    def norm(name: str) -> Iterator[Piece]:
+        yield Piece(f"{name}.weight", embed, None, none, is_norm_weight=True)
+        yield Piece(f"{name}.bias", embed, None, none)
+
+    yield Piece("patch_embed.proj.weight", embed, None, frozenset({"embed"}))
+    if not config.pre_norm:
+        yield Piece("patch_embed.proj.bias", embed, None, frozenset({"embed"}))
+    tokens = {
+        "cls_token": config.class_token,
+        "dist_token": config.distilled,
+        "reg_token": config.reg_tokens > 0,
+        "pos_embed": config.pos_embed == "learn",
+    }
+    for name, present in tokens.items():
+        if present:
+            yield Piece(name, None, embed, none)
+    if config.pre_norm:
+        yield from norm("norm_pre")
+    for i, dims in enumerate(config.dims.blocks):
+        block, mlp = f"blocks.{i}", ("mlp", i)
+        yield from norm(f"{block}.norm1")
+        qk, v = dims.heads * dims.qk_dim, dims.heads * dims.v_dim
+        bounds = pairwise((0, qk, 2 * qk, 2 * qk + v))
+        summed = ({"head", "qk"}, {"head"}, {"head", "v"})
+        for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
+            yield Piece(
+                f"{block}.attn.qkv.weight",
+                (axis, i),
+                embed,
+                frozenset({"embed", *kinds}),
+                start,
+                stop,
+            )
+            if config.qkv_bias:
+                yield Piece(
+                    f"{block}.attn.qkv.bias",
+                    (axis, i),
+                    None,
+                    frozenset(kinds),
+                    start,
+                    stop,
+                )
+        yield Piece(f"{block}.attn.proj.weight", embed, ("v", i), frozenset({"embed"}))
+        yield from norm(f"{block}.norm2")
+        yield Piece(f"{block}.mlp.fc1.weight", mlp, embed, frozenset({"embed", "mlp"}))
+        yield Piece(f"{block}.mlp.fc2.weight", embed, mlp, frozenset({"embed"}))
+        if config.proj_bias:
+            yield Piece(f"{block}.attn.proj.bias", embed, None, frozenset({"embed"}))
+            yield Piece(f"{block}.mlp.fc1.bias", mlp, None, frozenset({"mlp"}))
+            yield Piece(f"{block}.mlp.fc2.bias", embed, None, frozenset({"embed"}))
+        if config.init_values is not None:
+            yield Piece(f"{block}.ls1.gamma", embed, None, none)
+            yield Piece(f"{block}.ls2.gamma", embed, None, none)
+    if config.final_norm:
+        yield from norm("fc_norm" if config.fc_norm else "norm")
+    if config.num_classes:
+        yield Piece("head.weight", None, embed, none)
+        if config.distilled:
+            yield Piece("head_dist.weight", None, embed, none)
+
+
+class UnitTable:
+    """All structures of a model, and all pieces of its parameters that go with them.
+
+    Units are numbered: residual channels first, then for each block heads, query/key dims, value dims, MLP
+    units. The class heads' rows and biases belong to no unit.
+
+    Args:
+        config: architecture of the model.
+        group_sizes: units in a group by kind, where the automatic choice does not suit.
+
+    Source:
+        NViT (Yang et al., CVPR 2023), section 3.1.
+    """
+
+    def __init__(self, config: ViTConfig, group_sizes: dict[str, int] | None = None) -> None:
+        self.config = config
+        self.pieces = tuple(_pieces(config))
+        self.structures: dict[Axis, Structure] = {}
+        sizes: dict[Axis, int] = {("embed", -1): config.dims.embed_dim}
+        for i, d in enumerate(config.dims.blocks):
+            sizes |= {
+                ("head", i): d.heads,
+                ("qk", i): d.qk_dim,
+                ("v", i): d.v_dim,
+                ("mlp", i): d.mlp,
+            }
+        self.count = 0
+        for (kind, block), size in sizes.items():
+            group = (group_sizes or {}).get(kind) or group_size(kind, size, config.dims.embed_dim)
+            self.structures[kind, block] = Structure(kind, block, self.count, size, group)
+            self.count += size
+
+    def units(self, axis: Axis, kind: str) -> Tensor:
+        """The unit of ``kind`` at each index of an axis, int64."""
+        name, block = axis
+        own = self.structures[axis]
+        if name not in ("qk", "v"):
+            return torch.arange(own.start, own.stop)
+        head = self.structures["head", block]
+        if kind == "head":
+            return torch.arange(head.start, head.stop).repeat_interleave(own.size)
+        return torch.arange(own.start, own.stop).repeat(head.size)
+
+    def scored(self, membership: str) -> list[tuple[Piece, frozenset[str]]]:
+        """The pieces that enter some unit's sum, each with the kinds of those units."""
+        found = []
+        for piece in self.pieces:
+            kinds = {k for axis in (piece.rows, piece.cols) if axis for k in _KINDS_OF_AXIS[axis[0]]}
+            taken = frozenset(kinds) if membership == "full" else piece.subset
+            if taken:
+                found.append((piece, taken))
+        return found
+
+    def csr(
+        self,
+        scored: Sequence[tuple[Piece, frozenset[str]]],
+        shapes: Sequence[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Where in the workspace of ``saliency_rowcol`` each unit finds the sums it adds up.
+
+        Args:
+            scored: the pieces in the order they are passed to ``saliency_rowcol``.
+            shapes: rows and columns of each piece as that op sees them.
+
+        Returns:
+            ``indptr`` int64 [U + 1] and ``indices`` int64 [nnz] into the workspace.
+        """
+        owners, places = [], []
+        offset = 0
+        for (piece, kinds), (rows, cols) in zip(scored, shapes, strict=True):
+            for axis, start, length in (
+                (piece.rows, offset, rows),
+                (piece.cols, offset + rows, cols),
+            ):
+                for kind in _KINDS_OF_AXIS[axis[0]] if axis else ():
+                    if axis and kind in kinds:
+                        owners.append(self.units(axis, kind))
+                        places.append(torch.arange(start, start + length))
+            offset += rows + cols
+        owner = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.int64)
+        place = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+        order = torch.argsort(owner, stable=True)
+        indptr = torch.zeros(self.count + 1, dtype=torch.int64)
+        indptr[1:] = torch.bincount(owner, minlength=self.count).cumsum(0)
+        return indptr, place[order]
+
+    def alive(self, axis: Axis, alive: Tensor) -> Tensor:
+        """Mask of an axis of a weight matrix, from the mask [U] of all units."""
+        own = self.structures[axis]
+        mask = alive[own.start : own.stop]
+        if axis[0] in ("qk", "v"):
+            head = self.structures["head", axis[1]]
+            mask = (alive[head.start : head.stop, None] & mask).flatten()  # [H, D] -> [H * D]
+        return mask
+
+    def dims(self, alive: Tensor) -> ViTDims:
+        """Widths that are left under the mask [U]."""
+        sums = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]).tolist()
+        left = {key: sums[s.stop] - sums[s.start] for key, s in self.structures.items()}
+        blocks = tuple(
+            BlockDims(left["head", i], left["qk", i], left["v", i], left["mlp", i])
+            for i in range(len(self.config.dims.blocks))
+        )
+        return ViTDims(left["embed", -1], blocks)
+
+    def removable(self, structure: Structure, candidates: int, left: int) -> int:
+        """How many groups may still go, with at least one group kept."""
+        return max(
+            0,
+            min(candidates // structure.group_size, (left - 1) // structure.group_size),
+        )
+
+    def floor(self) -> ViTDims:
+        """The smallest widths that removal can reach."""
+        alive = torch.ones(self.count, dtype=torch.bool)
+        for s in self.structures.values():
+            alive[s.start : s.start + self.removable(s, s.size, s.size) * s.group_size] = False
+        return self.dims(alive)
+
+    def select(
+        self, scores: Tensor, alive: Tensor, candidates: Tensor, groups: int
+    ) -> list[tuple[Structure, Tensor, float]]:
+        """The groups to remove: the lowest of all structures pooled.
+
+        The candidates of each structure are sorted by score and cut into consecutive groups; a group's score
+        is the sum of its units'. Ties go to the lower index, so every process chooses alike.
+
+        Args:
+            scores: float64 [U].
+            alive: bool [U].
+            candidates: bool [U], alive units that may be removed.
+            groups: how many groups to take; fewer come back when no more are left to take.
+
+        Returns:
+            Structure, unit indices and score of each group, lowest first.
+        """
+        pool: list[tuple[float, int, int, Structure, Tensor]] = []
+        for number, s in enumerate(self.structures.values()):
+            index = candidates[s.start : s.stop].nonzero().flatten() + s.start
+            count = self.removable(s, len(index), int(alive[s.start : s.stop].sum()))
+            # No more than `groups` groups of one structure can be among the lowest of all.
+            count = min(count, groups)
+            order = index[torch.argsort(scores[index], stable=True)[: count * s.group_size]]
+            for place, units in enumerate(order.view(count, s.group_size)):
+                pool.append((float(scores[units].sum()), number, place, s, units.sort().values))
+        pool.sort(key=lambda entry: entry[:3])
+        return [(s, units, score) for score, _, _, s, units in pool[:groups]]
