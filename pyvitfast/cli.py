@@ -1,0 +1,286 @@
+"""The ``pyvitfast`` command: a verb is a function here, and the work is in train, report and the methods."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from pyvitfast.train.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Make Vision Transformers small, fast and cheap to train. With no arguments a verb does its whole "
+    "job on the built-in digits data and a micro ViT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option(help="timm model name, or a .safetensors file of ours.")]
+Pretrained = Annotated[bool | None, typer.Option("--pretrained/--no-pretrained", help="Load timm's weights.")]
+DataSpec = Annotated[
+    str | None, typer.Option(help="digits, a folder of class folders, torch/NAME or hfds/NAME.")
+]
+Imbalance = Annotated[
+    float | None, typer.Option(help="Keep an exponential long tail, largest class RHO times the smallest.")
+]
+Out = Annotated[Path | None, typer.Option(help="Output folder.  [default: out/VERB-DATA]")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training (for prune: of the dense model).")]
+BatchSize = Annotated[int | None, typer.Option(help="Images in a step, over all processes.")]
+GradAccum = Annotated[int | None, typer.Option(help="Steps added up for one optimizer update.")]
+Opt = Annotated[str | None, typer.Option(help="timm optimizer.")]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay.")]
+Sched = Annotated[str | None, typer.Option(help="cosine, tanh, step, poly or none.")]
+WarmupEpochs = Annotated[int | None, typer.Option(help="Epochs of linear warm-up.")]
+ClipGrad = Annotated[float | None, typer.Option(help="Largest norm of the gradient.")]
+Smoothing = Annotated[float | None, typer.Option(help="Label smoothing.")]
+Mixup = Annotated[float | None, typer.Option(help="Mixup alpha.")]
+Cutmix = Annotated[float | None, typer.Option(help="Cutmix alpha.")]
+Amp = Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")]
+Workers = Annotated[int | None, typer.Option(help="Loader processes of each rank.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Target = Annotated[float | None, typer.Option(help="Fraction of the budget that is left after pruning.")]
+Budget = Annotated[str | None, typer.Option(help="What the target counts: macs or params.")]
+Interval = Annotated[int | None, typer.Option(help="Optimizer updates between two removals.")]
+GroupsPerStep = Annotated[int | None, typer.Option(help="Groups in a removal.")]
+Preset = Annotated[str | None, typer.Option(help="paper or nvit_repo.")]
+PruneLr = Annotated[float | None, typer.Option(help="Constant learning rate while pruning.")]
+FinetuneEpochs = Annotated[int | None, typer.Option(help="Epochs after compaction.")]
+FinetuneLr = Annotated[float | None, typer.Option(help="Peak learning rate after compaction.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Settings as lines of `key: value`.")]
+Assign = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over --config.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over in an --out that is not empty.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Parameters of the verbs that say how to run, not what; all others are settings.
+_NOT_SETTINGS = {"out", "config", "assign", "resume", "overwrite", "json_path", "debug"}
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Make ``function`` a verb whose user errors are one line and exit code 2.
+
+    A signal ends a run with 128 + its number, as a shell would report it.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("debug"):
+            function(*args, **kwargs)
+            return
+        try:
+            function(*args, **kwargs)
+        except (UserError, OSError) as error:
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f"[rank {rank}] "
+            errors.print(f"{where}error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        except Interrupted as stopped:
+            errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + stopped.signum) from stopped
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
+    return app.command()(wrapper)
+
+
+def _flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in parameters.items() if k not in _NOT_SETTINGS and v is not None}
+
+
+def _run(name: str, job: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
+    """Resolve settings, run ``job``, report."""
+    from pyvitfast.train import settings as st
+
+    flags, resume = _flags(parameters), parameters["resume"]
+    config, assign = parameters["config"], parameters["assign"] or []
+    settings = st.resolve(config, assign, flags)
+    out = parameters["out"] or Path("out") / f"{name}-{settings.data.replace('/', '-').strip('-.')}"
+    given: dict[str, Any] = {}
+    if resume:
+        given = (st.read_yaml(config) if config else {}) | st.parse_assignments(assign) | flags
+        given.pop("verb", None)
+    outcome = job(settings, out, console, resume=resume, overwrite=parameters["overwrite"], given=given)
+    if outcome.main:
+        _report(outcome)
+
+
+def _report(outcome: Any) -> None:
+    from pyvitfast.report import Subject, write_report
+    from pyvitfast.train.folder import DENSE, MODEL
+
+    folder = outcome.folder
+    after = Subject(outcome.model, folder / MODEL, **asdict(outcome.accuracy))
+    before = None
+    if outcome.dense is not None:
+        before = Subject(outcome.dense, folder / DENSE, **asdict(outcome.dense_accuracy))
+    settings = outcome.settings
+    title = f"pyvitfast {outcome.verb}: {settings.model} on {settings.data}"
+    page = write_report(
+        folder, title, after, before, outcome.events, settings.to_dict(), outcome.device, console
+    )
+    console.print(f"Model: {folder / MODEL}\nReport: {page}", highlight=False, soft_wrap=True)
+
+
+@verb
+def train(
+    model: Model = None,
+    data: DataSpec = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    sched: Sched = None,
+    warmup_epochs: WarmupEpochs = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    imbalance: Imbalance = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Train a Vision Transformer."""
+    parameters = dict(locals())
+    from pyvitfast.train import train as job
+
+    _run("train", job, parameters)
+
+
+@verb
+def prune(
+    model: Model = None,
+    data: DataSpec = None,
+    out: Out = None,
+    target: Target = None,
+    budget: Budget = None,
+    interval: Interval = None,
+    groups_per_step: GroupsPerStep = None,
+    preset: Preset = None,
+    epochs: Epochs = None,
+    prune_lr: PruneLr = None,
+    finetune_epochs: FinetuneEpochs = None,
+    finetune_lr: FinetuneLr = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    imbalance: Imbalance = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Make a Vision Transformer smaller: NViT pruning while it trains, then compaction and finetuning.
+
+    A model from a file is pruned at once; a timm name is trained first.
+    """
+    parameters = dict(locals())
+    from pyvitfast.train import prune as job
+
+    _run("prune", job, parameters)
+
+
+@verb
+def eval(
+    model: Model = None,
+    data: DataSpec = None,
+    batch_size: BatchSize = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    device: Device = None,
+    json_path: Json = None,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Print the accuracy of a model on the test images."""
+    flags = _flags(dict(locals()))
+    from pyvitfast.train import evaluate_model, resolve
+
+    evaluate_model(resolve(config, assign or [], flags), console, json_path)
+
+
+@verb
+def summary(
+    model: Model = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Also time a forward pass.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the timed pass.")] = 1,
+    json_path: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Print parameters, MACs and block widths of a model."""
+    from pyvitfast.models.summary import summary as summarize
+    from pyvitfast.train import model as models
+    from pyvitfast.train.folder import write_atomically
+    from pyvitfast.train.settings import DIGITS
+
+    name = model or DIGITS["model"]
+    found = models.load_file(name) if models.is_file(name) else models.create(name)
+    facts = summarize(found, latency=latency, batch_size=batch_size)
+    console.print(str(facts), highlight=False, markup=False)
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(asdict(facts), indent=2).encode())
+
+
+@verb
+def info(
+    settings: Annotated[
+        bool, typer.Option("--settings", help="List all settings and their defaults.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print versions and what is built and loaded, ready to paste into an issue."""
+    from pyvitfast import info as facts
+    from pyvitfast.train.settings import Settings
+
+    found = Settings().to_dict() if settings else facts.collect()
+    console.print(
+        yaml.safe_dump(json.loads(json.dumps(found)), sort_keys=False, width=100).rstrip(),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,156 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pyvitfast.models.summary import ModelSummary
+from pyvitfast.report.measure import BATCHES, Facts
+
+BEFORE, AFTER, MARK = "#b6bec8", "#2563a8", "#d1495b"
+_STAGES = {"train": "#64748b", "prune": "#d1495b", "finetune": "#2563a8"}
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e5e9ee",
+    "axes.edgecolor": "#94a3b8",
+    "figure.dpi": 130,
+    "svg.fonttype": "none",
+}
+
+Event = dict[str, Any]
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    # A Figure of its own draws with Agg and leaves pyplot's global state alone.
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(path)
+
+
+def remaining(path: Path, before: Facts, after: Facts) -> None:
+    """Bars: what is left of parameters, MACs, latencies and size, in percent of before."""
+    labels = ["Parameters", "MACs", *(f"Latency, batch {b}" for b in BATCHES), "Size on disk"]
+    old = [before.summary.params, before.summary.macs, *(before.latency[b] for b in BATCHES), before.size]
+    new = [after.summary.params, after.summary.macs, *(after.latency[b] for b in BATCHES), after.size]
+    shares = [100 * n / o for n, o in zip(new, old)]
+    with _figure(path, 7.2, 3.0) as figure:
+        axes = figure.subplots()
+        axes.barh(labels, [100] * len(labels), color=BEFORE, height=0.62, label="before")
+        axes.barh(labels, shares, color=AFTER, height=0.62, label="after")
+        for place, share in enumerate(shares):
+            inside = share > 12
+            axes.text(
+                share - 1 if inside else share + 1,
+                place,
+                f"{share:.0f} %",
+                va="center",
+                ha="right" if inside else "left",
+                color="white" if inside else "black",
+            )
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, max(100, *shares) * 1.02)
+        axes.set_xlabel("percent of before")
+        axes.set_title(f"Top-1 accuracy {before.top1:.2f} % before, {after.top1:.2f} % after", loc="left")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def widths(path: Path, before: ModelSummary, after: ModelSummary) -> None:
+    """Bars: heads, query/key, value and MLP widths of each block, and the residual width."""
+    panels = [
+        ("Heads", "heads"),
+        ("QK width of a head", "qk_dim"),
+        ("V width of a head", "v_dim"),
+        ("MLP width", "mlp"),
+    ]
+    count = len(before.blocks)
+    with _figure(path, 9.6, 5.2) as figure:
+        grid = figure.add_gridspec(2, 3, width_ratios=[4, 4, 1.5])
+        for place, (title, name) in enumerate(panels):
+            axes = figure.add_subplot(grid[place // 2, place % 2])
+            _pairs(axes, [getattr(b, name) for b in before.blocks], [getattr(b, name) for b in after.blocks])
+            axes.set_title(title, loc="left")
+            axes.set_xticks(range(0, count, max(1, count // 12)))
+            axes.set_xlabel("block")
+        axes = figure.add_subplot(grid[:, 2])
+        _pairs(axes, [before.embed_dim or 0], [after.embed_dim or 0])
+        axes.set_title("EMB width", loc="left")
+        axes.set_xticks([])
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+
+
+def _pairs(axes: Any, before: Sequence[int], after: Sequence[int]) -> None:
+    places = range(len(before))
+    axes.bar([p - 0.2 for p in places], before, width=0.38, color=BEFORE, label="before")
+    bars = axes.bar([p + 0.2 for p in places], after, width=0.38, color=AFTER, label="after")
+    if len(before) <= 12:
+        axes.bar_label(bars, fontsize=8, padding=1)
+    axes.set_ylim(0, max(*before, *after) * 1.15)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="x", visible=False)
+
+
+def path_of_pruning(path: Path, events: Sequence[Event]) -> None:
+    """Accuracy against the share of MACs left, from the dense model to the finetuned one."""
+    dense = next(e for e in events if e["event"] == "dense")
+    compact = next(e for e in events if e["event"] == "compact")
+    result = next(e for e in events if e["event"] == "result")
+    epochs = [e for e in events if e["event"] == "epoch" and e["stage"] == "prune"]
+    shares = [100.0] + [100 * e["macs"] for e in epochs]
+    accuracy = [dense["top1"]] + [e["top1"] for e in epochs]
+    end = shares[-1]
+    with _figure(path, 7.2, 3.8) as figure:
+        axes = figure.subplots()
+        axes.plot(shares, accuracy, color=_STAGES["prune"], marker="o", markersize=4, label="while pruning")
+        axes.plot([100], [dense["top1"]], "s", color=_STAGES["train"], markersize=8, label="dense")
+        axes.plot([end], [compact["top1"]], "D", color="#edae49", markersize=7, label="compacted")
+        axes.plot([end], [result["model"]["top1"]], "^", color=AFTER, markersize=9, label="finetuned")
+        axes.invert_xaxis()
+        axes.set_xlabel("MACs left, percent of the dense model")
+        axes.set_ylabel("top-1 accuracy, %")
+        low, high = axes.get_ylim()
+        # Noise of a few images must not look like a cliff.
+        middle, half = (low + high) / 2, max(2.5, (high - low) / 2)
+        axes.set_ylim(middle - half, min(middle + half, 100.5))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def training(path: Path, events: Sequence[Event]) -> None:
+    """Loss and accuracy by epoch, through all stages."""
+    epochs = [e for e in events if e["event"] == "epoch"]
+    with _figure(path, 9.6, 3.6) as figure:
+        loss_axes, top_axes = figure.subplots(1, 2)
+        start = 0
+        for stage, colour in _STAGES.items():
+            mine = [(i + 1, e) for i, e in enumerate(epochs) if e["stage"] == stage]
+            if not mine:
+                continue
+            numbers = [i for i, _ in mine]
+            dot = "o" if len(mine) == 1 else ""
+            loss_axes.plot(numbers, [e["train_loss"] for _, e in mine], dot or "-", color=colour, label=stage)
+            top_axes.plot(numbers, [e["top1"] for _, e in mine], dot or "-", color=colour, label=stage)
+            if start:
+                for axes in (loss_axes, top_axes):
+                    axes.axvline(numbers[0] - 0.5, color="#cbd5e1", linewidth=1, linestyle="--")
+            start = numbers[-1]
+        loss_axes.set_ylabel("training loss")
+        top_axes.set_ylabel("test top-1 accuracy, %")
+        for axes in (loss_axes, top_axes):
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        handles, names = loss_axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)

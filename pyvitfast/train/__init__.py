@@ -1,0 +1,22 @@
+"""Training, evaluation and pruning runs on timm, accelerate and torchmetrics."""
+
+from pyvitfast.train.data import Data, long_tail_indices, open_data
+from pyvitfast.train.errors import Interrupted, UserError
+from pyvitfast.train.loop import Accuracy
+from pyvitfast.train.run import Outcome, evaluate_model, prune, train
+from pyvitfast.train.settings import Settings, resolve
+
+__all__ = [
+    "Accuracy",
+    "Data",
+    "Interrupted",
+    "Outcome",
+    "Settings",
+    "UserError",
+    "evaluate_model",
+    "long_tail_indices",
+    "open_data",
+    "prune",
+    "resolve",
+    "train",
+]

@@ -1,0 +1,496 @@
+"""Images and labels of a run: built-in digits, image folders, torchvision and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import timm.data
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from timm.data.readers import get_img_extensions
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pyvitfast.train.errors import UserError, nearest
+from pyvitfast.train.settings import Settings
+
+DIGITS_TRAIN = 1300
+HOLD_OUT = 0.2
+_TRAIN_FOLDERS = ("train", "training")
+_TEST_FOLDERS = ("val", "valid", "validation", "eval", "test")
+
+# An image's place in a data set, and the seed of its augmentation; None when nothing is random.
+Key = tuple[int, int | None]
+
+
+@dataclass
+class Data:
+    """A training and a test split.
+
+    Args:
+        name: the ``--data`` specification.
+        train: training images.
+        test: test images.
+        class_names: names by class number.
+        in_chans: channels, where the data fixes them; None for images, which are converted.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: list[str]
+    in_chans: int | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def fit_to(self, model: nn.Module, settings: Settings) -> None:
+        """Give the splits the transforms that ``model`` and ``settings`` ask for."""
+        self.train.fit_to(model, settings, training=True)
+        self.test.fit_to(model, settings, training=False)
+
+
+class Split(Dataset[tuple[Tensor, int]]):
+    """One split; an item is asked for by its :data:`Key`."""
+
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop all items but ``indices``."""
+        raise NotImplementedError
+
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
+        """Prepare items for ``model``."""
+        raise NotImplementedError
+
+
+class TensorSplit(Split):
+    """Images in memory, float32 [N, C, S, S], enlarged to the model's size on access."""
+
+    def __init__(self, images: Tensor, labels: list[int]) -> None:
+        self.images, self.labels = images, labels
+        self.size = images.shape[-1]
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop all items but ``indices``."""
+        self.images = self.images[list(indices)]
+        self.labels = [self.labels[i] for i in indices]
+
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
+        """Take the model's image size; these images are not augmented."""
+        self.size = image_size(model)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        image = self.images[key[0]]
+        if self.size != image.shape[-1]:
+            image = F.interpolate(image[None], size=self.size, mode="bilinear")[0]
+        return image, self.labels[key[0]]
+
+
+class ImageSplit(Split):
+    """PIL images from a timm or torchvision data set, transformed by timm.
+
+    Args:
+        source: gives image ``i``, and a name of it for messages.
+        labels: class numbers.
+    """
+
+    def __init__(self, source: Callable[[int], tuple[Image.Image, str]], labels: list[int]) -> None:
+        self.source, self.labels = source, labels
+        self.indices = list(range(len(labels)))
+        self.mode = "RGB"
+        self.transform: Callable[[Image.Image], Tensor] | None = None
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop all items but ``indices``."""
+        self.indices = [self.indices[i] for i in indices]
+        self.labels = [self.labels[i] for i in indices]
+
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
+        """timm's transform for the model's input size, mean, std and interpolation."""
+        chans = input_channels(model)
+        self.mode = {1: "L", 3: "RGB"}[chans]
+        config = timm.data.resolve_model_data_config(model)
+        size = image_size(model)
+        mean, std = (
+            v if len(v) == chans else (sum(v) / len(v),) * chans for v in (config["mean"], config["std"])
+        )
+        augmentation: dict[str, Any] = {}
+        if training:
+            augmentation = {
+                "hflip": settings.hflip,
+                "color_jitter": settings.color_jitter or None,
+                "auto_augment": settings.aa,
+                "re_prob": settings.reprob,
+            }
+        self.transform = timm.data.create_transform(
+            input_size=(chans, size, size),
+            is_training=training,
+            mean=mean,
+            std=std,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            **augmentation,
+        )
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        index, seed = key
+        image, name = self.source(self.indices[index])
+        assert self.transform is not None, "fit_to() comes first"
+        try:
+            image = image.convert(self.mode)
+        except OSError as error:
+            raise UserError(f"{name} cannot be decoded: {error}. Replace or remove the file.") from error
+        if seed is None:
+            return self.transform(image), self.labels[index]
+        # Seeding by image, not by process, makes the augmentation the same for any number of workers and
+        # after a resume in the middle of an epoch.
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
+
+
+def image_size(model: nn.Module) -> int:
+    """Side of the square images ``model`` takes."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        size = timm.data.resolve_model_data_config(model)["input_size"][-2:]
+    if size[0] != size[1]:
+        raise UserError(
+            f"the model takes images of {size[0]}x{size[1]}; only square images are supported here."
+        )
+    return int(size[0])
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images ``model`` takes."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return int(timm.data.resolve_model_data_config(model)["input_size"][0])
+
+
+def long_tail_indices(labels: Sequence[int], imbalance: float, seed: int = 0) -> list[int]:
+    r"""Indices of an exponential long tail: :math:`n_c = \lfloor n_{max} \rho^{-c/(C-1)} \rfloor` of class c.
+
+    Args:
+        labels: class numbers, 0 to C-1.
+        imbalance: :math:`\rho`, size of the largest over the smallest class, at least 1.
+        seed: chooses which images of a class stay.
+
+    Returns:
+        Sorted indices; every class that had an image keeps one, and none gets more than it had.
+    """
+    array = np.asarray(labels)
+    counts = np.bincount(array)
+    classes, largest = len(counts), int(counts.max())
+    random_state = np.random.RandomState(seed)
+    kept: list[int] = []
+    for c in range(classes):
+        members = random_state.permutation(np.flatnonzero(array == c))
+        wanted = int(largest * (1 / imbalance) ** (c / max(1, classes - 1)))
+        kept.extend(members[: max(1, wanted)].tolist())
+    return sorted(kept)
+
+
+def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None = None) -> Data:
+    """The data set that ``settings.data`` names, with ``settings.imbalance`` applied to its training split.
+
+    Args:
+        settings: of the run.
+        share: joins the lists of unreadable files of all processes; None for a single process.
+
+    Raises:
+        UserError: unknown specification, missing or empty folder, unreadable images.
+    """
+    spec = settings.data
+    if spec == "digits":
+        data = _digits()
+    elif spec.startswith(("torch/", "hfds/")):
+        data = _timm_dataset(settings)
+    elif Path(spec).is_dir():
+        data = _folder(Path(spec), settings.check_images, share or (lambda names: names))
+    else:
+        hint = nearest(spec, ["digits"])
+        raise UserError(
+            f"--data {spec}: expected `digits`, an existing folder of class folders, `torch/NAME` or "
+            f"`hfds/NAME`; there is no such folder.{hint}"
+        )
+    if settings.imbalance > 1:
+        data.train.keep(long_tail_indices(data.train.labels, settings.imbalance, settings.seed))
+    if len(data.train) < settings.batch_size * settings.grad_accum_steps:
+        product = (
+            "" if settings.grad_accum_steps == 1 else f" times --grad-accum-steps {settings.grad_accum_steps}"
+        )
+        raise UserError(
+            f"--batch-size {settings.batch_size}{product} is more than the {len(data.train)} training images "
+            f"of {spec}. Lower it."
+        )
+    return data
+
+
+def _digits() -> Data:
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    images = torch.from_numpy(digits.images[order]).float().unsqueeze(1) / 8 - 1  # [1797, 1, 8, 8] in -1..1
+    labels = digits.target[order].tolist()
+    train = TensorSplit(images[:DIGITS_TRAIN], labels[:DIGITS_TRAIN])
+    test = TensorSplit(images[DIGITS_TRAIN:], labels[DIGITS_TRAIN:])
+    return Data("digits", train, test, [str(i) for i in range(10)], in_chans=1)
+
+
+class _FileSource:
+    """Image files by number; opened in loader processes."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __call__(self, index: int) -> tuple[Image.Image, str]:
+        path = self.paths[index]
+        try:
+            return Image.open(path), path
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read as an image: {error}. Replace or remove the file."
+            ) from error
+
+
+class _DatasetSource:
+    """Images of a map-style data set that yields (image, label)."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+
+    def __call__(self, index: int) -> tuple[Image.Image, str]:
+        return self.dataset[index][0], f"image {index} of {self.name}"
+
+
+def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _class_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _scan_folder(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
+    """Image paths and labels, checked: each class folder holds at least one image."""
+    if not classes:
+        raise UserError(
+            f"--data {root}: expected one folder per class with images inside (DIR/cat/1.jpg), or DIR/train "
+            "and DIR/val holding such folders; there are no folders in it."
+        )
+    extensions = ", ".join(sorted(get_img_extensions()))
+    try:
+        source = timm.data.create_dataset(
+            "", root=str(root), search_split=False, class_map=dict(zip(classes, range(len(classes))))
+        )
+        samples = source.reader.samples
+    except RuntimeError as error:
+        raise UserError(f"--data {root}: no image files in its folders; expected {extensions}.") from error
+    present = {label for _, label in samples}
+    empty = [name for i, name in enumerate(classes) if i not in present]
+    if empty:
+        raise UserError(
+            f"--data {root}: no image files in class folder{'s' if len(empty) > 1 else ''} "
+            f"{', '.join(empty[:5])}; expected {extensions}. Add images or remove the folder."
+        )
+    return [path for path, _ in samples], [label for _, label in samples]
+
+
+def unreadable_image(path: str) -> str | None:
+    """Why ``path`` is not a whole image, or None; headers only where that is enough to tell."""
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file) as image:
+                kind = image.format
+                image.verify()
+            if kind == "PNG":  # verify() has read all chunks and their checksums
+                return None
+            if kind == "JPEG":
+                file.seek(-min(64, file.seek(0, 2)), 2)
+                if b"\xff\xd9" in file.read():  # the end marker
+                    return None
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"damaged: {error}"
+    return None
+
+
+def check_images(paths: Sequence[str]) -> list[str]:
+    """``"path (reason)"`` for each file that is not a whole image."""
+    with ThreadPoolExecutor(8) as pool:
+        reasons = list(pool.map(unreadable_image, paths))
+    return [f"{path} ({reason})" for path, reason in zip(paths, reasons) if reason]
+
+
+def _folder(root: Path, check: bool, share: Callable[[list[str]], list[str]]) -> Data:
+    train_root, test_root = _subfolder(root, _TRAIN_FOLDERS), _subfolder(root, _TEST_FOLDERS)
+    classes = _class_folders(train_root or root)
+    paths, labels = _scan_folder(train_root or root, classes)
+    if train_root is not None:
+        if test_root is None:
+            raise UserError(
+                f"--data {root}: there is a {train_root.name} folder but none of {', '.join(_TEST_FOLDERS)}."
+            )
+        if unknown := sorted(set(_class_folders(test_root)) - set(classes)):
+            raise UserError(
+                f"--data {root}: {test_root.name} has class folders that {train_root.name} has not: "
+                f"{', '.join(unknown[:5])}."
+            )
+        here = [name for name in classes if (test_root / name).is_dir()]
+        test_paths, test_labels = _scan_folder(test_root, here)
+        test_labels = [classes.index(here[label]) for label in test_labels]
+    else:
+        held_out = _hold_out(root, labels, classes)
+        test_paths, test_labels = [paths[i] for i in held_out], [labels[i] for i in held_out]
+        rest = sorted(set(range(len(paths))) - set(held_out))
+        paths, labels = [paths[i] for i in rest], [labels[i] for i in rest]
+    if check and (broken := share(check_images(paths + test_paths))):
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(
+            f"--data {root}: unreadable image files: {'; '.join(broken[:5])}{more}. Replace or remove them."
+        )
+    return Data(
+        str(root),
+        ImageSplit(_FileSource(paths), labels),
+        ImageSplit(_FileSource(test_paths), test_labels),
+        classes,
+        None,
+    )
+
+
+def _hold_out(root: Path, labels: list[int], classes: list[str]) -> list[int]:
+    """A fifth of each class, the same images in every run."""
+    random_state = np.random.RandomState(0)
+    chosen: list[int] = []
+    for c, name in enumerate(classes):
+        members = random_state.permutation(np.flatnonzero(np.asarray(labels) == c))
+        if len(members) < 2:
+            raise UserError(
+                f"--data {root}: class folder {name} holds one image; a fifth of each class is held out for "
+                "testing, so two are needed, or separate DIR/train and DIR/val folders."
+            )
+        chosen.extend(members[: max(1, int(len(members) * HOLD_OUT))].tolist())
+    return sorted(chosen)
+
+
+def _timm_dataset(settings: Settings) -> Data:
+    spec = settings.data
+    kind = spec.partition("/")[0]
+    splits = []
+    try:
+        for split in ("train", "validation"):
+            splits.append(
+                timm.data.create_dataset(
+                    spec, root=settings.data_dir, split=split, download=settings.download, input_img_mode=None
+                )
+            )
+    except ImportError as error:
+        raise UserError(
+            f"--data {spec} needs a package that is missing: {error}. pip install datasets"
+        ) from error
+    except AssertionError as error:
+        raise UserError(f"--data {spec}: {error}. Names are those of timm's create_dataset.") from error
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--data {spec} cannot be opened in --set data_dir={settings.data_dir}: {reason} "
+            f"(--set download=true fetches data sets that torchvision can fetch)"
+            if kind == "torch"
+            else f"--data {spec} cannot be opened: {reason}"
+        ) from error
+    labels = [_labels(dataset) for dataset in splits]
+    source = splits[0]
+    named = getattr(source, "classes", None) or list(
+        getattr(getattr(source, "reader", None), "class_to_idx", None) or []
+    )
+    count = max(max(part) for part in labels) + 1
+    classes = [str(c) for c in named] if len(named) >= count else [str(i) for i in range(count)]
+    train, test = (ImageSplit(_DatasetSource(d, spec), part) for d, part in zip(splits, labels))
+    return Data(spec, train, test, classes, None)
+
+
+def _labels(dataset: Any) -> list[int]:
+    if hasattr(dataset, "reader"):
+        return [int(target) for target in dataset.reader.dataset[dataset.reader.label_key]]
+    if hasattr(dataset, "targets"):
+        return [int(target) for target in dataset.targets]
+    return [int(dataset[i][1]) for i in range(len(dataset))]
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """This process's share of each batch of one epoch, in an order that follows from (seed, epoch) alone.
+
+    Args:
+        split: the images.
+        batch_size: images in a batch over all processes.
+        group: batches in an optimizer update; the last incomplete group of an epoch is left out.
+        rank: number of this process.
+        world: number of processes.
+        shuffle: False keeps the order, all images and no augmentation seeds, for evaluation.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, group: int, rank: int, world: int, shuffle: bool
+    ) -> None:
+        self.split, self.batch_size, self.group = split, batch_size, group
+        self.rank, self.world, self.shuffle = rank, world, shuffle
+        self.seed: tuple[int, ...] = (0,)
+        self.start = 0
+
+    def __len__(self) -> int:
+        if not self.shuffle:
+            return -(-len(self.split) // self.batch_size)
+        return len(self.split) // (self.batch_size * self.group) * self.group
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        count = len(self.split)
+        if not self.shuffle:
+            for begin in range(0, count, self.batch_size):
+                if mine := range(begin + self.rank, min(count, begin + self.batch_size), self.world):
+                    yield [(i, None) for i in mine]
+            return
+        generator = np.random.default_rng(self.seed)
+        order = generator.permutation(count)
+        seeds = generator.integers(2**62, size=count)
+        for batch in range(self.start, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]
+            yield [(int(i), int(seeds[i])) for i in chosen]
+
+
+def make_loader(batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader[tuple[Tensor, int]]:
+    """A loader over ``batches``; it takes nothing from the global random state."""
+    return DataLoader(
+        batches.split,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(0),
+    )

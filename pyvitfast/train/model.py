@@ -1,0 +1,105 @@
+"""The model of a run: by timm name or from a file, checked against the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import pyvitfast.models.micro  # noqa: F401  registers the micro model with timm
+from pyvitfast.models.checkpoint import describe, load
+from pyvitfast.train.data import Data, input_channels
+from pyvitfast.train.errors import UserError, nearest
+from pyvitfast.train.settings import Settings
+
+RANDOM, PRETRAINED, FILE = "random weights", "timm's pretrained weights", "a file"
+
+
+def is_file(model: str) -> bool:
+    """Whether ``--model`` means a file rather than a timm name."""
+    return Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).exists()
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless timm knows ``name``."""
+    if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        hint = nearest(name.split(".")[0], timm.list_models())
+        raise UserError(f"--model {name}: no such timm model and no such file.{hint}")
+
+
+def load_file(path: str) -> nn.Module:
+    """The model in a file written by ``pyvitfast.save``.
+
+    Raises:
+        UserError: missing, damaged or foreign file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--model {path}: no such file.")
+    try:
+        return load(path)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise UserError(f"--model {path}: {error}") from error
+
+
+def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """A model by timm name.
+
+    Raises:
+        UserError: unknown name, an argument it does not take, or weights that cannot be fetched.
+    """
+    check_name(name)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+        describe(model)
+    except (TypeError, RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
+        given = ", ".join(f"{k}={v}" for k, v in arguments.items())
+        source = " with pretrained weights" if pretrained else ""
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {name} cannot be made{source} ({given}): {reason}") from error
+    return model
+
+
+def for_data(settings: Settings, data: Data) -> tuple[nn.Module, str]:
+    """The model of ``settings`` for ``data``, and where its weights come from.
+
+    Raises:
+        UserError: model and data do not fit, or the model cannot be made.
+    """
+    if is_file(settings.model):
+        if settings.pretrained:
+            raise UserError(f"--pretrained goes with a timm name, not with the file {settings.model}.")
+        model, origin = load_file(settings.model), FILE
+    else:
+        arguments: dict[str, Any] = {"num_classes": data.num_classes}
+        if data.in_chans is not None:
+            arguments["in_chans"] = data.in_chans
+        if settings.img_size is not None:
+            arguments["img_size"] = settings.img_size
+        if settings.drop_path:
+            arguments["drop_path_rate"] = settings.drop_path
+        torch.manual_seed(settings.seed)
+        model = create(settings.model, settings.pretrained, **arguments)
+        origin = PRETRAINED if settings.pretrained else RANDOM
+    check_fit(model, settings.model, data)
+    return model, origin
+
+
+def check_fit(model: nn.Module, name: str, data: Data) -> None:
+    """Raise UserError when channels or classes of ``model`` and ``data`` differ."""
+    chans = input_channels(model)
+    if data.in_chans is not None and chans != data.in_chans:
+        raise UserError(
+            f"--model {name} takes images with {chans} channels, --data {data.name} has {data.in_chans}. "
+            "Use a model made for it, such as vit_micro_patch2_8 for digits."
+        )
+    if chans not in (1, 3):
+        raise UserError(f"--model {name} takes images with {chans} channels; image data has 1 or 3.")
+    classes = getattr(model, "num_classes", data.num_classes)
+    if classes != data.num_classes:
+        raise UserError(
+            f"--model {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
+            "Use the data it was trained on, or start from a timm name, whose classifier is made to fit."
+        )

@@ -1,0 +1,302 @@
+"""The settings of a run: one dataclass, from defaults, YAML file, ``--set`` and flags."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import timm.optim
+import yaml
+
+from pyvitfast.train.errors import UserError, nearest
+
+AMP = ("no", "bf16", "fp16")
+BUDGETS = ("macs", "params")
+SCHEDULES = ("cosine", "tanh", "step", "poly", "none")
+GROUP_KINDS = ("embed", "head", "qk", "v", "mlp")
+
+# What the built-in data set wants instead of the general defaults; 1300 small images.
+DIGITS: dict[str, Any] = {
+    "model": "vit_micro_patch2_8",
+    "epochs": 30,
+    "batch_size": 50,
+    "lr": 2e-3,
+    "target": 0.42,
+    "interval": 10,
+    "groups_per_step": 3,
+    "group_sizes": {"embed": 4, "head": 1, "qk": 2, "v": 2, "mlp": 8},
+    "prune_lr": 5e-4,
+    "finetune_epochs": 10,
+    "finetune_lr": 1e-3,
+    "hflip": 0.0,
+    "workers": 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; names are timm's where timm has one.
+
+    Args:
+        model: timm model name, or a ``.safetensors`` file written by ``pyvitfast.save``.
+        pretrained: load timm's pretrained weights; only with a name.
+        img_size: image side in pixels; None takes the model's own.
+        data: ``digits``, a folder of class folders, ``torch/NAME`` or ``hfds/NAME``.
+        data_dir: where ``torch/`` and ``hfds/`` data sets are kept.
+        download: fetch a ``torch/`` or ``hfds/`` data set that is missing.
+        check_images: read every image file's header before the run.
+        imbalance: ratio of the largest to the smallest class of an exponential long tail; 1 keeps all.
+        epochs: epochs of training; of the dense model in ``prune``.
+        batch_size: images in a step, over all processes.
+        grad_accum_steps: steps whose gradients are added up for one optimizer update.
+        opt: timm optimizer.
+        lr: peak learning rate.
+        weight_decay: weight decay.
+        sched: timm schedule, stepped at each update: cosine, tanh, step, poly or none.
+        warmup_epochs: epochs of linear warm-up.
+        warmup_lr: learning rate at its start.
+        min_lr: learning rate at the end.
+        clip_grad: largest norm of the gradient; None does not clip.
+        smoothing: label smoothing.
+        mixup: mixup alpha; 0 is off.
+        cutmix: cutmix alpha; 0 is off.
+        mixup_prob: probability of mixup or cutmix for a batch.
+        mixup_switch_prob: probability of cutmix when both are on.
+        drop_path: stochastic depth rate of a model made by name.
+        aa: timm auto-augment policy such as ``rand-m9-mstd0.5-inc1``; images only.
+        color_jitter: colour jitter; images only.
+        hflip: probability of a horizontal flip; images only.
+        reprob: probability of random erasing; images only.
+        seed: seed of weights, order, augmentation.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        amp: mixed precision: ``no``, ``bf16`` or ``fp16``.
+        workers: loader processes on each rank.
+        target: fraction of the budget that pruning leaves.
+        budget: what the target counts: ``macs`` or ``params``.
+        interval: optimizer updates between two removals.
+        groups_per_step: groups in a removal.
+        group_sizes: units in a group by kind (embed, head, qk, v, mlp); None chooses them.
+        preset: NViT preset, ``paper`` or ``nvit_repo``.
+        prune_lr: constant learning rate while pruning.
+        finetune_epochs: epochs after compaction.
+        finetune_lr: peak learning rate after compaction.
+
+    Raises:
+        UserError: a value of a wrong type or out of its range.
+    """
+
+    model: str = ""
+    pretrained: bool = False
+    img_size: int | None = None
+    data: str = "digits"
+    data_dir: str = "data"
+    download: bool = False
+    check_images: bool = True
+    imbalance: float = 1.0
+    epochs: int = 100
+    batch_size: int = 128
+    grad_accum_steps: int = 1
+    opt: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    clip_grad: float | None = None
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    drop_path: float = 0.0
+    aa: str | None = None
+    color_jitter: float = 0.4
+    hflip: float = 0.5
+    reprob: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    amp: str = "no"
+    workers: int = 4
+    target: float = 0.5
+    budget: str = "macs"
+    interval: int = 100
+    groups_per_step: int = 2
+    group_sizes: dict[str, int] | None = field(default=None)
+    preset: str = "paper"
+    prune_lr: float = 1e-4
+    finetune_epochs: int = 30
+    finetune_lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Settings)
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+        for name in ("batch_size", "grad_accum_steps", "interval", "groups_per_step"):
+            self._need(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("epochs", "finetune_epochs", "warmup_epochs", "workers", "seed", "weight_decay"):
+            self._need(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("warmup_lr", "min_lr", "mixup", "cutmix", "color_jitter"):
+            self._need(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("lr", "prune_lr", "finetune_lr"):
+            self._need(name, "a positive number", getattr(self, name) > 0)
+        for name in ("mixup_prob", "mixup_switch_prob", "hflip", "reprob"):
+            self._need(name, "between 0 and 1", 0 <= getattr(self, name) <= 1)
+        for name in ("smoothing", "drop_path"):
+            self._need(name, "at least 0 and below 1", 0 <= getattr(self, name) < 1)
+        between = "a fraction between 0 and 1, both excluded (0.5 halves the budget)"
+        self._need("target", between, 0 < self.target < 1)
+        self._need(
+            "imbalance", "at least 1 (100 makes the rarest class 100 times smaller)", self.imbalance >= 1
+        )
+        self._need("img_size", "at least 1", self.img_size is None or self.img_size >= 1)
+        self._need("clip_grad", "a positive number", self.clip_grad is None or self.clip_grad > 0)
+        self._one_of("amp", AMP)
+        self._one_of("budget", BUDGETS)
+        self._one_of("sched", SCHEDULES)
+        self._one_of("preset", ("paper", "nvit_repo"))
+        self._one_of("opt", timm.optim.list_optimizers())
+        for kind, size in (self.group_sizes or {}).items():
+            rule = f"whole numbers of at least 1 for {', '.join(GROUP_KINDS)}"
+            good = kind in GROUP_KINDS and isinstance(size, int) and size >= 1
+            self._need("group_sizes", rule, good)
+
+    def _need(self, name: str, rule: str, good: bool) -> None:
+        if not good:
+            raise UserError(f"{_flag(name)} must be {rule}, got {getattr(self, name)!r}.")
+
+    def _one_of(self, name: str, known: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            some = f"one of {', '.join(known)}" if len(known) < 8 else "a known name"
+            raise UserError(f"{_flag(name)} must be {some}, got {value!r}.{nearest(value, known)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that YAML and JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "settings") -> Settings:
+        """The inverse of :meth:`to_dict`; missing keys take their defaults.
+
+        Args:
+            data: settings by name.
+            source: where they come from, for messages.
+
+        Raises:
+            UserError: a key that is not a setting, or a bad value.
+        """
+        check_keys(data, source)
+        return cls(**data)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint``; YAML reads 1e-3 as a string, so numbers may come as such."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in allowed:
+        return None
+    kind = next(a for a in allowed if a is not types.NoneType)
+    plain = typing.get_origin(kind) or kind
+    if plain is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    # NaN compares false with everything and would slip through some of the range checks.
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    if isinstance(value, plain) and finite and (plain is bool or not isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    raise UserError(f"{_flag(name)} must be {words[plain]}, got {value!r}.")
+
+
+def check_keys(data: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for the first key that is not a setting, naming the nearest one."""
+    known = [f.name for f in fields(Settings)]
+    for key in data:
+        if key not in known:
+            raise UserError(
+                f"{source}: unknown key {key!r}.{nearest(str(key), known)} "
+                "All keys are listed by `pyvitfast info --settings`."
+            )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: no such file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(
+            f"--config {path} is not valid YAML{line}: expected lines of `key: value`."
+        ) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"--config {path} must hold lines of `key: value`, got a {type(data).__name__}.")
+    return data
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["lr=1e-3", "mixup=0.8"]`` as a mapping; values are YAML.
+
+    Raises:
+        UserError: no ``=``, no key, an unknown key, or a value that is not YAML.
+    """
+    parsed = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {text!r} must have the form key=value, such as --set mixup=0.8.")
+        key = key.strip().replace("-", "_")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {key}: the value {value!r} is not valid YAML.") from error
+    check_keys(parsed, "--set")
+    return parsed
+
+
+def resolve(
+    config: Path | None = None, assignments: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings from their sources; later ones win: defaults, data recipe, YAML file, ``--set``, flags.
+
+    The data recipe holds the values that suit the built-in ``digits`` data set.
+
+    Raises:
+        UserError: an unknown key, a bad value, or no model for data other than ``digits``.
+    """
+    given: dict[str, Any] = {}
+    if config is not None:
+        given = read_yaml(config)
+        check_keys(given, f"--config {config}")
+    given.update(parse_assignments(assignments))
+    given.update({key: value for key, value in (flags or {}).items() if value is not None})
+    recipe = dict(DIGITS) if given.get("data", "digits") == "digits" else {}
+    if given.get("model", DIGITS["model"]) != DIGITS["model"]:
+        # The group sizes belong to the micro model's widths.
+        recipe.pop("group_sizes", None)
+    settings = Settings.from_dict({**recipe, **given})
+    if not settings.model:
+        raise UserError(
+            f"--model is needed with --data {settings.data}: a timm name such as deit_tiny_patch16_224, "
+            "or a .safetensors file."
+        )
+    return settings
