@@ -4,8 +4,8 @@
 
 One dense micro ViT is trained for each seed. Every criterion prunes a copy of it in the same loop: score 6
 minibatches of 100 images, the same ones each time, remove the 3 lowest groups, repeat until the MAC budget is
-reached, with no training in between. Reported is the top-1 accuracy of the compacted model, at once and after 3
-epochs of finetuning.
+reached, with no training in between. Reported is the top-1 accuracy of the compacted
+model, at once and after 3 epochs of finetuning.
 """
 
 from __future__ import annotations
