@@ -43,7 +43,10 @@ def test_pruned_model_agrees_with_the_counter():
         dims, [0.3, 0.3], img_size=(8, 12), patch_size=2, in_chans=1, num_classes=10
     )
     found = vf.summary(model)
-    assert found.macs == counted(model, (1, 8, 12))
+    # The counter also sees the zeros that make the two widths of a head equal.
+    tokens = 4 * 6 + 1
+    zeros = sum(tokens**2 * b.heads * (2 * max(b.qk_dim, b.v_dim) - b.qk_dim - b.v_dim) for b in dims.blocks)
+    assert found.macs + zeros == counted(model, (1, 8, 12))
     assert found.params == sum(p.numel() for p in model.parameters())
     assert found.blocks == dims.blocks
     assert found.embed_dim == 24
