@@ -107,10 +107,10 @@ def test_schema_names_its_arguments_and_marks_what_it_writes(name):
 # cli -> report, train -> methods -> ops -> _lib; `models` serves the methods; `reference` imports torch only.
 MAY_IMPORT = {
     "_version": set(),
-    "_lib": set(),
+    "_lib": {"_C"},
     "reference": {"reference"},
     "ops": {"ops", "_lib", "_version"},
-    "info": {"_lib", "ops", "_version"},
+    "info": {"_lib", "_C", "ops", "_version"},
     "models": {"models", "ops", "reference", "_version"},
     "prune": {"prune", "models", "ops", "reference"},
     "train": {"train", "prune", "models", "ops", "info", "_version"},
