@@ -2,20 +2,38 @@
 
 #include <cstdint>
 
+#include "portable/vec.h"
+
 namespace pyvitfast {
 
 // The float dtypes the kernels take, as a code that fits in a launch's parameter table.
 enum class FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-inline int64_t float_type_size(FloatType type) {
+template <typename T>
+struct Type {
+    using type = T;
+};
+
+// Calls f with the Type of a dtype that is not float64.
+template <typename F>
+PVF_HOST_DEVICE void with_narrow_float(FloatType type, const F& f) {
     switch (type) {
-        case FloatType::kFloat64:
-            return 8;
-        case FloatType::kFloat32:
-            return 4;
+        case FloatType::kBFloat16:
+            return f(Type<BFloat16>{});
+        case FloatType::kFloat16:
+            return f(Type<Half>{});
         default:
-            return 2;
+            return f(Type<float>{});
     }
+}
+
+// Calls f with the Type of any of the dtypes.
+template <typename F>
+PVF_HOST_DEVICE void with_float(FloatType type, const F& f) {
+    if (type == FloatType::kFloat64) {
+        return f(Type<double>{});
+    }
+    with_narrow_float(type, f);
 }
 
 }  // namespace pyvitfast

@@ -75,17 +75,16 @@ struct Site {
     std::vector<SiteLog> warps;
 };
 
-struct Writer {
+struct Visit {
     std::uint32_t owner = 0;  // block (global memory) or thread (shared memory) plus one; 0 is none
     std::uint32_t epoch = 0;
     std::uint32_t warp_epoch = 0;
     bool atomic = false;
+    const Site* site = nullptr;
 };
 struct ShadowByte {
-    Writer write;
-    Writer read;
-    const Site* write_site = nullptr;
-    const Site* read_site = nullptr;
+    Visit write;
+    Visit read[2];  // by different owners: one of them is not the next writer
 };
 constexpr std::size_t kPageBytes = 4096;
 using ShadowPage = std::array<ShadowByte, kPageBytes>;
@@ -109,7 +108,6 @@ struct Observer {
     std::uint32_t barriers = 0;
     std::vector<std::uint32_t> warp_barriers;
     const char* shared_base = nullptr;
-    std::size_t shared_bytes = 0;
     std::vector<ShadowByte> shared_shadow;
     std::unordered_map<std::uintptr_t, std::unique_ptr<ShadowPage>> global_shadow;
     std::uintptr_t last_page_number = 0;
@@ -233,72 +231,84 @@ void count_access(Site& site, std::uintptr_t address, const ThreadContext& threa
     log.requests[n].address[thread.lane] = address;
 }
 
+std::string to_text(const Site& site) {
+    const std::string file = site.file;
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
+}
+
 std::string describe(const char* memory, const char* unit, bool atomic_mix, const char* first_did,
                      std::uint32_t first_owner, const Site* first_site, const char* second_did) {
     std::string text = std::string("race on ") + memory + " memory: " + unit + " " +
                        std::to_string(first_owner - 1) + " " + first_did + " at " +
-                       first_site->file + ":" + std::to_string(first_site->line) + ", this " +
-                       unit + " " + second_did + " the same address";
+                       to_text(*first_site) + ", this " + unit + " " + second_did +
+                       " the same address";
     if (atomic_mix) {
         text += " (only one of the two is atomic)";
     }
     return text;
 }
 
+// Updates the shadow of one byte. Returns an empty string or the description of a race.
+template <typename Concurrent>
+std::string visit_byte(ShadowByte& shadow, const Visit& me, const char* memory, const char* unit,
+                       Concurrent concurrent) {
+    const bool write = writes(me.site->access);
+    if (concurrent(shadow.write)) {
+        return describe(memory, unit, shadow.write.atomic != me.atomic, "wrote", shadow.write.owner,
+                        shadow.write.site, write ? "writes" : "reads");
+    }
+    if (write) {
+        for (const Visit& read : shadow.read) {
+            if (concurrent(read)) {
+                return describe(memory, unit, false, "read", read.owner, read.site, "writes");
+            }
+        }
+        shadow.write = me;
+    } else if (!concurrent(shadow.read[0])) {
+        shadow.read[0] = me;
+    } else if (!concurrent(shadow.read[1])) {
+        shadow.read[1] = me;
+    }
+    return {};
+}
+
 std::string check_shared_race(Observer& o, const Site& site, std::uintptr_t address,
                               const ThreadContext& thread) {
     const std::size_t offset = address - reinterpret_cast<std::uintptr_t>(o.shared_base);
-    const bool write = writes(site.access);
-    const Writer me{thread.linear + 1, o.barriers, o.warp_barriers[thread.warp], false};
-    auto concurrent = [&](const Writer& other) {
+    const Visit me{thread.linear + 1, o.barriers, o.warp_barriers[thread.warp], false, &site};
+    auto concurrent = [&](const Visit& other) {
         if (other.owner == 0 || other.owner == me.owner || other.epoch != me.epoch) {
             return false;
         }
         const bool same_warp = (other.owner - 1) / 32 == thread.warp;
         return !same_warp || other.warp_epoch == me.warp_epoch;
     };
-    for (std::size_t i = offset; i < offset + site.bytes; ++i) {
-        ShadowByte& shadow = o.shared_shadow[i];
-        if (concurrent(shadow.write)) {
-            return describe("shared", "thread", false, "wrote", shadow.write.owner,
-                            shadow.write_site, write ? "writes" : "reads");
-        }
-        if (write) {
-            if (concurrent(shadow.read)) {
-                return describe("shared", "thread", false, "read", shadow.read.owner,
-                                shadow.read_site, "writes");
-            }
-            shadow.write = me;
-            shadow.write_site = &site;
-        } else if (!concurrent(shadow.read)) {
-            // Of several concurrent readers the first is kept: enough to catch a later writer,
-            // unless that writer is the first reader itself.
-            shadow.read = me;
-            shadow.read_site = &site;
-        }
+    std::string race;
+    for (std::size_t i = offset; i < offset + site.bytes && race.empty(); ++i) {
+        race = visit_byte(o.shared_shadow[i], me, "shared", "thread", concurrent);
     }
-    return {};
+    return race;
 }
 
 std::string check_global_race(Observer& o, const Site& site, std::uintptr_t address) {
-    const bool write = writes(site.access);
     const bool atomic = site.access == Access::global_atomic;
     BlockOrder& order = o.block_order[o.block];
     if (atomic) {
         order.published = order.epoch;
         order.acquired = true;
     }
-    const Writer me{o.block + 1, order.epoch, 0, atomic};
+    const Visit me{o.block + 1, order.epoch, 0, atomic, &site};
     // Blocks are unordered, unless the other one published by fence and atomic what this one,
     // after an atomic of its own, now touches.
-    auto concurrent = [&](const Writer& other) {
+    auto concurrent = [&](const Visit& other) {
         if (other.owner == 0 || other.owner == me.owner || (other.atomic && atomic)) {
             return false;
         }
         const BlockOrder& theirs = o.block_order[other.owner - 1];
         return !(order.acquired && other.epoch < theirs.published);
     };
-    for (std::uintptr_t a = address; a < address + site.bytes; ++a) {
+    std::string race;
+    for (std::uintptr_t a = address; a < address + site.bytes && race.empty(); ++a) {
         if (a / kPageBytes != o.last_page_number || o.last_page == nullptr) {
             auto& page = o.global_shadow[a / kPageBytes];
             if (page == nullptr) {
@@ -307,24 +317,9 @@ std::string check_global_race(Observer& o, const Site& site, std::uintptr_t addr
             o.last_page_number = a / kPageBytes;
             o.last_page = page.get();
         }
-        ShadowByte& shadow = (*o.last_page)[a % kPageBytes];
-        if (concurrent(shadow.write)) {
-            return describe("global", "block", shadow.write.atomic != atomic, "wrote",
-                            shadow.write.owner, shadow.write_site, write ? "writes" : "reads");
-        }
-        if (write) {
-            if (concurrent(shadow.read)) {
-                return describe("global", "block", false, "read", shadow.read.owner,
-                                shadow.read_site, "writes");
-            }
-            shadow.write = me;
-            shadow.write_site = &site;
-        } else if (!concurrent(shadow.read)) {
-            shadow.read = me;
-            shadow.read_site = &site;
-        }
+        race = visit_byte((*o.last_page)[a % kPageBytes], me, "global", "block", concurrent);
     }
-    return {};
+    return race;
 }
 
 void append_totals(std::string& json, const Totals& t, bool shared) {
@@ -360,7 +355,7 @@ void observer_begin_launch(const std::string& kernel, ObserverSettings settings,
     o.site_cache.fill(nullptr);
     o.warps = (threads_per_block + 31) / 32;
     o.shared_base = static_cast<const char*>(shared_base);
-    o.shared_bytes = shared_bytes;
+    o.shared_shadow.resize(shared_bytes);
     o.global_shadow.clear();
     o.last_page = nullptr;
     o.block_order.clear();
@@ -376,11 +371,9 @@ void observer_begin_launch(const std::string& kernel, ObserverSettings settings,
 void observer_begin_block(std::uint64_t block) {
     Observer& o = observer();
     o.block = static_cast<std::uint32_t>(block);
-    o.barriers = 0;
+    // Never reset, so that what the last block did to shared memory is not concurrent.
+    o.barriers += 1;
     o.warp_barriers.assign(o.warps, 0);
-    if (o.settings.check_races) {
-        o.shared_shadow.assign(o.shared_bytes, {});
-    }
 }
 
 void observer_barrier() {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -42,6 +44,8 @@ constexpr unsigned char kPoison = 0xFF;  // NaN in every floating point type
 // Not the poison: -1 and NaN are likely to be written by mistake too. As a float it is -2.6e36.
 constexpr unsigned char kGuard = 0xFB;
 
+// Without waiting in between; a kernel that does more waits for what never comes.
+constexpr unsigned kMostAtomics = 50'000'000;
 constexpr std::size_t kMaxArrays = 60;
 constexpr unsigned kMaxCopies = 256;  // of one thread in flight
 constexpr unsigned kMaxGroups = 256;
@@ -57,6 +61,8 @@ struct Settings {
     std::size_t max_shared = kOptInShared;
 };
 
+constexpr std::array kSettingNames = {"ORDER", "SEED", "ASYNC", "COUNT", "RACECHECK", "MAX_SHARED"};
+
 std::map<std::string, std::string>& overrides() {
     static std::map<std::string, std::string> values;
     return values;
@@ -69,13 +75,10 @@ std::map<std::string, std::string>& overrides() {
 
 void apply_setting(Settings& s, const std::string& name, const std::string& value) {
     auto number = [&] {
-        std::size_t used = 0;
         std::uint64_t result = 0;
-        try {
-            result = std::stoull(value, &used);
-        } catch (const std::exception&) {
-        }
-        if (used == 0 || used != value.size()) {
+        const auto [end, error] =
+            std::from_chars(value.data(), value.data() + value.size(), result);
+        if (error != std::errc{} || end != value.data() + value.size()) {
             bad_setting(name, value);
         }
         return result;
@@ -102,14 +105,12 @@ void apply_setting(Settings& s, const std::string& name, const std::string& valu
         if (s.max_shared > kMaxShared) {
             bad_setting(name, value);
         }
-    } else {
-        throw std::invalid_argument("emulator setting " + name + ": there is no such setting");
     }
 }
 
 Settings read_settings() {
     Settings result;
-    for (const char* name : {"ORDER", "SEED", "ASYNC", "COUNT", "RACECHECK", "MAX_SHARED"}) {
+    for (const char* name : kSettingNames) {
         const auto found = overrides().find(name);
         if (found != overrides().end()) {
             apply_setting(result, name, found->second);
@@ -243,6 +244,7 @@ struct Machine {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     unsigned thread_count = 0;
+    unsigned atomics = 0;  // of the running thread, since it was resumed
     unsigned exited = 0;
     unsigned at_barrier = 0;
     unsigned barrier_parity = 0;
@@ -463,6 +465,7 @@ std::vector<unsigned> missing_lanes(const Machine& m, unsigned warp, unsigned ma
 void run_lane(Machine& m, unsigned warp, unsigned lane) {
     Thread& thread = m.threads[warp * 32 + lane];
     execution.thread = &thread;
+    m.atomics = 0;
     m.scheduler.switch_to(thread.fiber);
     execution.thread = nullptr;
     if (m.error != nullptr) {
@@ -752,7 +755,14 @@ const char* name_of(Access access) {
 
 }  // namespace
 
-void fail(const char* what, Place place) { fail_text(what, place); }
+void count_atomic(Place place) {
+    if (++machine().atomics > kMostAtomics) {
+        fail_text("more than " + std::to_string(kMostAtomics) +
+                      " atomic operations without a barrier: the thread spins, maybe on another "
+                      "block, which need not run at the same time",
+                  place);
+    }
+}
 
 void fail_global(const void* address, std::size_t alignment, Access access, Place place) {
     const auto value = reinterpret_cast<std::uintptr_t>(address);
@@ -976,6 +986,17 @@ void multiply_matrices(MatrixMultiply& lane, Place place) {
     warp_operation(multiply_warp, &lane, 0xffffffffu, "mma", place);
 }
 
+namespace {
+
+thread_local bool launching = false;
+
+struct LaunchingFlag {
+    LaunchingFlag() { launching = true; }
+    ~LaunchingFlag() { launching = false; }
+};
+
+}  // namespace
+
 bool copies_at_issue() { return machine().settings.copy_at_issue; }
 
 void async_push(const AsyncCopy& copy) {
@@ -1027,7 +1048,11 @@ void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
 
 void launch(const LaunchRequest& request) {
     Machine& m = machine();
+    if (launching) {
+        throw EmulatorError("emulator: " + to_text(request.place) + ": a kernel called launch");
+    }
     const std::lock_guard guard(m.lock);
+    const LaunchingFlag flag;
     m.settings = read_settings();
     m.launch_place = request.place;
     m.kernel = m.names.try_emplace(request.kernel).first->second;
@@ -1087,12 +1112,16 @@ namespace pyvitfast {
 void emulator_configure(const std::string& name, const std::string& value) {
     emulator::Machine& m = emulator::machine();
     const std::lock_guard guard(m.lock);
-    emulator::Settings scratch;
+    const auto& names = emulator::kSettingNames;
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+        throw std::invalid_argument("emulator setting " + name + ": there is no such setting");
+    }
     if (value.empty()) {
         emulator::overrides().erase(name);
         return;
     }
-    emulator::apply_setting(scratch, name, value);
+    emulator::Settings checked;
+    emulator::apply_setting(checked, name, value);
     emulator::overrides()[name] = value;
 }
 

@@ -40,12 +40,13 @@ enum class Access : std::uint8_t {
     shared_store
 };
 
-// Throws EmulatorError with kernel, place, block and thread added.
-[[noreturn]] void fail(const char* what, Place place);
+// These throw EmulatorError with kernel, place, block and thread.
 [[noreturn]] void fail_global(const void* address, std::size_t alignment, Access access,
                               Place place);
 [[noreturn]] void fail_shared(const void* address, std::size_t bytes, std::size_t alignment,
                               Access access, Place place);
+// Fails when a thread spins.
+void count_atomic(Place place);
 void observe(Access access, const void* address, unsigned bytes, Place place);
 
 // True if all the bytes belong to one shared array of the running block.

@@ -378,6 +378,7 @@ template <typename T, typename Operation>
 T atomic(T* p, emulator::Place place, Operation operation) {
     static_assert(std::is_integral_v<T>, "float atomics would make results depend on timing");
     check_global(p, alignof(T), sizeof(T), emulator::Access::global_atomic, place);
+    emulator::count_atomic(place);
     return operation(p);
 }
 }  // namespace detail

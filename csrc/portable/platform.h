@@ -10,7 +10,6 @@
 #define PVF_DEVICE __device__ __forceinline__
 #define PVF_KERNEL __global__ void
 #define PVF_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define PVF_UNROLL _Pragma("unroll")
 #else
 // Always inlined, also without optimisation: CPU kernels are compiled once per instruction set, and
 // an out-of-line copy would be a weak symbol that the linker may take from the AVX-512 object.
@@ -19,8 +18,14 @@
 // Exported, so that the emulator finds the kernel's name in the dynamic symbol table.
 #define PVF_KERNEL __attribute__((visibility("default"))) void
 #define PVF_LAUNCH_BOUNDS(threads, blocks)
-#define PVF_UNROLL
 #if defined(PYVITFAST_EMULATED)
 #define __grid_constant__
 #endif
+#endif
+
+// Only in nvcc's device pass: its host compiler would warn of a pragma that it does not know.
+#if defined(__CUDA_ARCH__)
+#define PVF_UNROLL _Pragma("unroll")
+#else
+#define PVF_UNROLL
 #endif

@@ -49,6 +49,13 @@ using Accumulate = typename AccumulateType<T>::type;
 PVF_HOST_DEVICE std::uint32_t float_bits(float x) { return __builtin_bit_cast(std::uint32_t, x); }
 PVF_HOST_DEVICE float bits_float(std::uint32_t x) { return __builtin_bit_cast(float, x); }
 
+// By masks rather than ?:, behind which GCC would hide a float operation that it then must not
+// execute speculatively, so that it gives up vectorising.
+PVF_HOST_DEVICE std::uint32_t select_bits(bool condition, std::uint32_t a, std::uint32_t b) {
+    const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+    return (a & mask) | (b & ~mask);
+}
+
 // Exact. float and double are returned unchanged: the name says what the 16-bit types become.
 PVF_HOST_DEVICE float to_float(float x) { return x; }
 PVF_HOST_DEVICE double to_float(double x) { return x; }
@@ -69,8 +76,8 @@ PVF_HOST_DEVICE float to_float(Half x) {
     // subnormal float, so this holds also when the processor flushes those to zero.
     const std::uint32_t subnormal =
         float_bits(bits_float(normal + (1u << 23)) - bits_float(113u << 23));
-    const std::uint32_t finite = exponent == 0 ? subnormal : normal;
-    const std::uint32_t result = exponent == (0x7c00u << 13) ? special : finite;
+    const std::uint32_t finite = select_bits(exponent == 0, subnormal, normal);
+    const std::uint32_t result = select_bits(exponent == (0x7c00u << 13), special, finite);
     return bits_float(result | static_cast<std::uint32_t>(x.bits & 0x8000u) << 16);
 #endif
 }
@@ -90,7 +97,7 @@ PVF_HOST_DEVICE BFloat16 from_float<BFloat16>(float x) {
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const std::uint32_t quiet_nan = (bits >> 16) | 0x40u;
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return BFloat16{static_cast<std::uint16_t>(is_nan ? quiet_nan : rounded)};
+    return BFloat16{static_cast<std::uint16_t>(select_bits(is_nan, quiet_nan, rounded))};
 #endif
 }
 
@@ -108,9 +115,9 @@ PVF_HOST_DEVICE Half from_float<Half>(float x) {
         float_bits(bits_float(magnitude) + bits_float(half_one)) - half_one;
     const std::uint32_t odd = (magnitude >> 13) & 1u;
     const std::uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;
-    const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const std::uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-    const std::uint32_t result = magnitude >= (143u << 23) ? special : finite;
+    const std::uint32_t special = select_bits(magnitude > 0x7f800000u, 0x7e00u, 0x7c00u);
+    const std::uint32_t finite = select_bits(magnitude < (113u << 23), subnormal, normal);
+    const std::uint32_t result = select_bits(magnitude >= (143u << 23), special, finite);
     return Half{static_cast<std::uint16_t>(result | sign >> 16)};
 #endif
 }

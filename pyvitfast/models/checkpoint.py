@@ -199,7 +199,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            errno.ENOENT, "load: `path` must be a file written by pyvitfast.save", str(path)
+            errno.ENOENT,
+            "load: `path` must be a file written by pyvitfast.save",
+            str(path),
         )
     _check_suffix("load", path)
     header, tensors = _read(path)

@@ -50,9 +50,9 @@ def _layer_name(layer: nn.Module) -> str:
 def _layer_class(name: str) -> type[nn.Module]:
     room, _, kind = name.rpartition(".")
     found = getattr(_ROOMS.get(room), kind, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}.")
-    return found
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise ValueError(f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}.")
 
 
 def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplementedError:
@@ -71,12 +71,20 @@ def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, flo
     for part in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attn, part, nn.Identity()), nn.Identity):
             raise _refuse(
-                model, f"{name}.attn.{part}", "must be Identity", type(getattr(attn, part)).__name__
+                model,
+                f"{name}.attn.{part}",
+                "must be Identity",
+                type(getattr(attn, part)).__name__,
             )
     if getattr(attn, "gate", None) is not None:
         raise _refuse(model, f"{name}.attn.gate", "must be None", "gated attention")
     if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
-        raise _refuse(model, f"{name}.mlp", "must be timm's Mlp without a norm", type(mlp).__name__)
+        raise _refuse(
+            model,
+            f"{name}.mlp",
+            "must be timm's Mlp without a norm",
+            type(mlp).__name__,
+        )
     if getattr(mlp.act, "approximate", "none") != "none":
         raise _refuse(model, f"{name}.mlp.act", "must be a class without arguments", repr(mlp.act))
     if isinstance(attn, PrunedAttention):
@@ -147,13 +155,16 @@ class ViTConfig:
         model = unwrap(model)
         if not isinstance(model, VisionTransformer):
             raise TypeError(
-                "ViTConfig.from_model: `model` must be a timm VisionTransformer or VisionTransformerDistilled; "
-                f"no supported attention was found in {type(model).__module__}.{type(model).__name__}."
+                "ViTConfig.from_model: `model` must be a timm VisionTransformer or its distilled "
+                f"twin; no supported attention was found in {type(model).__module__}.{type(model).__name__}."
             )
         embed = model.patch_embed
         if type(embed) is not PatchEmbed or not isinstance(embed.norm, nn.Identity):
             raise _refuse(
-                model, "patch_embed", "must be timm's PatchEmbed without a norm", type(embed).__name__
+                model,
+                "patch_embed",
+                "must be timm's PatchEmbed without a norm",
+                type(embed).__name__,
             )
         if model.attn_pool is not None:
             raise _refuse(model, "attn_pool", "must be None", type(model.attn_pool).__name__)
@@ -171,7 +182,12 @@ class ViTConfig:
         }
         for name, norm in norms.items():
             if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-                raise _refuse(model, name, "must be a LayerNorm with weight and bias", type(norm).__name__)
+                raise _refuse(
+                    model,
+                    name,
+                    "must be a LayerNorm with weight and bias",
+                    type(norm).__name__,
+                )
             if norm.eps != first.norm1.eps or type(norm) is not type(first.norm1):
                 raise _refuse(model, name, "must equal blocks.0.norm1 in class and eps", norm)
         scale = first.ls1 if isinstance(first.ls1, LayerScale) else None
@@ -221,7 +237,13 @@ class ViTConfig:
 
     def build(self) -> nn.Module:
         """A new model of this architecture, freshly initialised."""
-        passed = set(asdict(self)) - {"dims", "scales", "pruned", "distilled", "norm_eps"}
+        passed = set(asdict(self)) - {
+            "dims",
+            "scales",
+            "pruned",
+            "distilled",
+            "norm_eps",
+        }
         arguments = {name: getattr(self, name) for name in passed}
         arguments["act_layer"] = _layer_class(self.act_layer)
         arguments["norm_layer"] = partial(_layer_class(self.norm_layer), eps=self.norm_eps)

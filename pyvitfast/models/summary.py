@@ -45,7 +45,10 @@ class ModelSummary:
         if self.latency is not None:
             lines.append(f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})")
         if self.blocks:
-            lines += [f"  embed_dim  {self.embed_dim:>16}", "  block  heads  qk_dim  v_dim    mlp"]
+            lines += [
+                f"  embed_dim  {self.embed_dim:>16}",
+                "  block  heads  qk_dim  v_dim    mlp",
+            ]
             lines += [
                 f"  {i:>5}  {b.heads:>5}  {b.qk_dim:>6}  {b.v_dim:>5}  {b.mlp:>5}"
                 for i, b in enumerate(self.blocks)
@@ -124,7 +127,10 @@ def summary(
                 macs = config.macs(input_size[1:])
             else:
                 # The counter knows attention on the CPU only as its separate products.
-                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                with (
+                    sdpa_kernel(SDPBackend.MATH),
+                    FlopCounterMode(display=False) as counter,
+                ):
                     inner(batch[:1])
                 macs = counter.get_total_flops() // 2
             if latency:

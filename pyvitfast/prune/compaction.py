@@ -84,7 +84,12 @@ def compact_model(
     new = dict(slim.named_parameters())
     for name, parameter in old.items():
         new[name].requires_grad_(parameter.requires_grad)
-    for attribute in ("pretrained_cfg", "default_cfg", "distilled_training", "grad_checkpointing"):
+    for attribute in (
+        "pretrained_cfg",
+        "default_cfg",
+        "distilled_training",
+        "grad_checkpointing",
+    ):
         if hasattr(model, attribute):
             setattr(slim, attribute, getattr(model, attribute))
     slim.train(model.training)
@@ -104,4 +109,7 @@ def _move_optimizer(
         group["params"] = [new[names[id(p)]] if id(p) in names else p for p in group["params"]]
     for name, parameter in old.items():
         if parameter in optimizer.state:
-            optimizer.state[new[name]] = {**optimizer.state.pop(parameter), **moved.get(name, {})}
+            optimizer.state[new[name]] = {
+                **optimizer.state.pop(parameter),
+                **moved.get(name, {}),
+            }

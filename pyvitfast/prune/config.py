@@ -33,8 +33,9 @@ class NViTConfig:
             code; ``"full"`` every weight that goes with the unit, as the paper's text.
         divisors: what a unit's sum is divided by before it is squared, by kind; a kind left out has 1.
         momentum: weight of the past in the running average of scores over removals, in [0, 1).
-        bias_correction: divide the average by ``1 - momentum ** k`` after k intervals.
-        reset_at_first_removal: start the average anew once the first group is gone.
+        bias_correction: let the first interval after a restart stand for itself. Without, the average
+            restarts from 0, so the scores after k intervals are too small by ``1 - momentum ** k``.
+        reset_at_first_removal: restart the average once the first group is gone.
         schedule: ``"constant"`` removes ``groups_per_step`` each time; ``"nvit_repo"`` half of it the first
             two times.
         score_after_update: multiply gradients with the weights after the optimizer's update, not before.
@@ -73,19 +74,49 @@ class NViTConfig:
             self.target,
             isinstance(self.target, int | float) and 0 < self.target < 1,
         )
-        _check(f"one of {', '.join(BUDGETS)}", "budget", self.budget, self.budget in BUDGETS)
-        _check("subset or full", "membership", self.membership, self.membership in ("subset", "full"))
-        _check("constant or nvit_repo", "schedule", self.schedule, self.schedule in ("constant", "nvit_repo"))
+        _check(
+            f"one of {', '.join(BUDGETS)}",
+            "budget",
+            self.budget,
+            self.budget in BUDGETS,
+        )
+        _check(
+            "subset or full",
+            "membership",
+            self.membership,
+            self.membership in ("subset", "full"),
+        )
+        _check(
+            "constant or nvit_repo",
+            "schedule",
+            self.schedule,
+            self.schedule in ("constant", "nvit_repo"),
+        )
         for name in ("interval", "groups_per_step", "batch_ref"):
             value = getattr(self, name)
-            _check("an integer of at least 1", name, value, isinstance(value, int) and value >= 1)
+            _check(
+                "an integer of at least 1",
+                name,
+                value,
+                isinstance(value, int) and value >= 1,
+            )
         if self.batch_size is not None:
-            _check("None or at least 1", "batch_size", self.batch_size, self.batch_size >= 1)
+            _check(
+                "None or at least 1",
+                "batch_size",
+                self.batch_size,
+                self.batch_size >= 1,
+            )
         _check("in [0, 1)", "momentum", self.momentum, 0 <= self.momentum < 1)
         _check("finite and at least 0", "eta", self.eta, 0 <= self.eta < float("inf"))
         for name in ("group_sizes", "divisors"):
             for kind, value in (getattr(self, name) or {}).items():
-                _check(f"a mapping with keys out of {', '.join(KINDS)}", name, kind, kind in KINDS)
+                _check(
+                    f"a mapping with keys out of {', '.join(KINDS)}",
+                    name,
+                    kind,
+                    kind in KINDS,
+                )
                 whole = name == "divisors" or isinstance(value, int)
                 _check(f"positive for {kind!r}", name, value, whole and value > 0)
 
@@ -93,10 +124,10 @@ class NViTConfig:
     def preset(cls, name: str, **changes: Any) -> NViTConfig:
         """Named settings, with ``changes`` on top.
 
-        ``"paper"`` is the default. ``"nvit_repo"`` follows the released code where it can run: divisors 12, 12, 2,
-        2, 1 before the square, subset membership, no bias correction, average restarted at the first
-        removal, cumulative removals 1, 2, 4, 6, ..., weights read after the update, and eta 5e-4 per second
-        of a dense model that takes 0.9698 s.
+        ``"paper"`` is the default. ``"nvit_repo"`` follows the released code where it can run: divisors 12,
+        12, 2, 2, 1 before the square, subset membership, average restarted from 0 at the first removal,
+        cumulative removals 1, 2, 4, 6, ..., weights read after the update, and eta 5e-4 per second of a
+        dense model that takes 0.9698 s.
 
         Raises:
             ValueError: unknown name.

@@ -174,29 +174,21 @@ class NViTPruner:
     @property
     def unit_scores(self) -> Tensor:
         """The running average of squared sums, float64 [U], as the next removal would use it."""
-        average, intervals = self._average()
-        if self.config.bias_correction and intervals:
-            average = average / (1 - self.config.momentum**intervals)
-        return average
+        return self._average()
 
     def _fraction(self, cost: Cost, dims: ViTDims) -> float:
         return cost.query(dims) / cost.query(self._dense)
 
-    def _average(self) -> tuple[Tensor, int]:
-        """The average with the open interval folded in, and the number of intervals in it."""
+    def _average(self) -> Tensor:
+        """The average over intervals, with the open one folded in."""
         committed = int(self._counts[0])
         if committed == 0:
-            return self._ema, self._intervals
+            return self._ema
         mean = self._acc.double().cpu() / committed
-        # Without bias correction the first interval stands for itself, else the average would start near 0;
-        # the released code's average does start at 0 after its reset.
-        if self._intervals == 0 and not self.config.bias_correction and not self._restarted():
-            return mean, 1
-        m = self.config.momentum
-        return m * self._ema + (1 - m) * mean, self._intervals + 1
-
-    def _restarted(self) -> bool:
-        return self.config.reset_at_first_removal and bool(self.history)
+        restarted = self.config.reset_at_first_removal and bool(self.history)
+        if self._intervals == 0 and (self.config.bias_correction or not restarted):
+            return mean
+        return self.config.momentum * self._ema + (1 - self.config.momentum) * mean
 
     def _layout_for(self, present: tuple[bool, ...]) -> None:
         """Build the CSR table for the parameters that have a gradient; frozen ones are left out."""
@@ -244,7 +236,12 @@ class NViTPruner:
             inv_scale=inv_scale,
         )
         ops.implementation("saliency_commit_", self._device)(
-            self._acc, self._counts, workspace, self._indptr, self._indices, coeff=self._coeff
+            self._acc,
+            self._counts,
+            workspace,
+            self._indptr,
+            self._indices,
+            coeff=self._coeff,
         )
 
     def step(
@@ -394,7 +391,11 @@ class NViTPruner:
             {
                 "step": self.steps,
                 "removed": [
-                    {"structure": s.name, "units": (units - s.start).tolist(), "score": score}
+                    {
+                        "structure": s.name,
+                        "units": (units - s.start).tolist(),
+                        "score": score,
+                    }
                     for s, units, score in chosen
                 ],
                 "dims": dims.to_dict(),
@@ -417,7 +418,7 @@ class NViTPruner:
 
     def _close_interval(self, used: bool) -> None:
         if used:
-            self._ema, self._intervals = self._average()
+            self._ema, self._intervals = self._average(), self._intervals + 1
             if self.config.reset_at_first_removal and not self.history:
                 self._ema, self._intervals = torch.zeros_like(self._ema), 0
         self._skipped += int(self._counts[1])
@@ -468,7 +469,11 @@ class NViTPruner:
         states = {} if optimizer is None else optimizer.state
         for piece, row, col in self._masked:
             parameter = self._parameters[piece.parameter]
-            for tensor in (parameter.detach(), parameter.grad, *states.get(parameter, {}).values()):
+            for tensor in (
+                parameter.detach(),
+                parameter.grad,
+                *states.get(parameter, {}).values(),
+            ):
                 if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == parameter.shape:
                     tensors.append(piece.of(tensor))
                     rows.append(row)
@@ -526,7 +531,10 @@ class NViTPruner:
         Raises:
             ValueError: the state belongs to a model of other widths or to other settings.
         """
-        for name, mine in (("dense", self._dense.to_dict()), ("config", self.config.to_dict())):
+        for name, mine in (
+            ("dense", self._dense.to_dict()),
+            ("config", self.config.to_dict()),
+        ):
             if state[name] != mine:
                 raise ValueError(
                     f"NViTPruner.load_state_dict: `{name}` must equal this pruner's {mine}, got "

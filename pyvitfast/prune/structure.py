@@ -15,7 +15,12 @@ from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 Axis = tuple[str, int]
 
 # The units that an axis of a weight matrix runs over: an attention row is one head and one of its dims.
-_KINDS_OF_AXIS = {"embed": ("embed",), "qk": ("head", "qk"), "v": ("head", "v"), "mlp": ("mlp",)}
+_KINDS_OF_AXIS = {
+    "embed": ("embed",),
+    "qk": ("head", "qk"),
+    "v": ("head", "v"),
+    "mlp": ("mlp",),
+}
 _PAPER_GROUP = {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
 _SMALL_GROUP = {"embed": 4, "head": 1, "qk": 2, "v": 2, "mlp": 8}
 _SMALL_EMBED = 128
@@ -108,10 +113,22 @@ def _pieces(config: ViTConfig) -> Iterator[Piece]:
         summed = ({"head", "qk"}, {"head"}, {"head", "v"})
         for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
             yield Piece(
-                f"{block}.attn.qkv.weight", (axis, i), embed, frozenset({"embed", *kinds}), start, stop
+                f"{block}.attn.qkv.weight",
+                (axis, i),
+                embed,
+                frozenset({"embed", *kinds}),
+                start,
+                stop,
             )
             if config.qkv_bias:
-                yield Piece(f"{block}.attn.qkv.bias", (axis, i), None, frozenset(kinds), start, stop)
+                yield Piece(
+                    f"{block}.attn.qkv.bias",
+                    (axis, i),
+                    None,
+                    frozenset(kinds),
+                    start,
+                    stop,
+                )
         yield Piece(f"{block}.attn.proj.weight", embed, ("v", i), frozenset({"embed"}))
         yield from norm(f"{block}.norm2")
         yield Piece(f"{block}.mlp.fc1.weight", mlp, embed, frozenset({"embed", "mlp"}))
@@ -151,7 +168,12 @@ class UnitTable:
         self.structures: dict[Axis, Structure] = {}
         sizes: dict[Axis, int] = {("embed", -1): config.dims.embed_dim}
         for i, d in enumerate(config.dims.blocks):
-            sizes |= {("head", i): d.heads, ("qk", i): d.qk_dim, ("v", i): d.v_dim, ("mlp", i): d.mlp}
+            sizes |= {
+                ("head", i): d.heads,
+                ("qk", i): d.qk_dim,
+                ("v", i): d.v_dim,
+                ("mlp", i): d.mlp,
+            }
         self.count = 0
         for (kind, block), size in sizes.items():
             group = (group_sizes or {}).get(kind) or group_size(kind, size, config.dims.embed_dim)
@@ -180,7 +202,9 @@ class UnitTable:
         return found
 
     def csr(
-        self, scored: Sequence[tuple[Piece, frozenset[str]]], shapes: Sequence[tuple[int, int]]
+        self,
+        scored: Sequence[tuple[Piece, frozenset[str]]],
+        shapes: Sequence[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         """Where in the workspace of ``saliency_rowcol`` each unit finds the sums it adds up.
 
@@ -194,7 +218,10 @@ class UnitTable:
         owners, places = [], []
         offset = 0
         for (piece, kinds), (rows, cols) in zip(scored, shapes, strict=True):
-            for axis, start, length in ((piece.rows, offset, rows), (piece.cols, offset + rows, cols)):
+            for axis, start, length in (
+                (piece.rows, offset, rows),
+                (piece.cols, offset + rows, cols),
+            ):
                 for kind in _KINDS_OF_AXIS[axis[0]] if axis else ():
                     if axis and kind in kinds:
                         owners.append(self.units(axis, kind))
@@ -228,7 +255,10 @@ class UnitTable:
 
     def removable(self, structure: Structure, candidates: int, left: int) -> int:
         """How many groups may still go, with at least one group kept."""
-        return max(0, min(candidates // structure.group_size, (left - 1) // structure.group_size))
+        return max(
+            0,
+            min(candidates // structure.group_size, (left - 1) // structure.group_size),
+        )
 
     def floor(self) -> ViTDims:
         """The smallest widths that removal can reach."""

@@ -10,6 +10,7 @@ import torch
 from torch.library import opcheck
 
 from pyvitfast import ops, reference
+from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, cloned, devices, outputs_of, recorded_calls, to, widened
 
 TABLES = {name: importlib.import_module(f"tests.ops.test_{name}").TABLE for name in ops.__all__}
@@ -309,8 +310,6 @@ def test_fake_gives_shape_dtype_device_and_strides_of_the_result(table):
 @pytest.mark.parametrize("order", ["reverse", "random"])
 @pytest.mark.parametrize(("table", "sample"), CASES)
 def test_order_of_threads_changes_no_bit(table, sample, order):
-    from tests.ops.test_saliency_rowcol import Emulator
-
     args, kwargs = sample.make(torch.float32)
     expected = outputs_of(table, functions(table)[0], *cloned((args, kwargs)))
     emulator = Emulator()

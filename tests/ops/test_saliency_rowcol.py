@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-import ctypes
-import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvitfast import _lib, ops, reference
+from pyvitfast import ops, reference
+from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, LAYOUTS, SIZES, BadCall, OpTable, Sample, strided
 
 
@@ -164,28 +166,13 @@ def test_expanded_rows_need_no_copy():
     torch.testing.assert_close(ops.saliency_rowcol([w], [g]), reference.saliency_rowcol([w], [g]), atol=1e-5, rtol=1e-5)
 
 
-class Emulator:
-    def __init__(self):
-        self.library = ctypes.CDLL(str(_lib.find_binary("_ops_emulated")))
-        self.library.pyvitfast_emulator_counters.restype = ctypes.c_size_t
-
-    def configure(self, name, value):
-        assert self.library.pyvitfast_emulator_configure(name.encode(), value.encode()) == 0
-
-    def counters(self):
-        size = self.library.pyvitfast_emulator_counters(None, 0)
-        buffer = ctypes.create_string_buffer(size)
-        self.library.pyvitfast_emulator_counters(buffer, size)
-        return json.loads(buffer.value)["kernels"]
-
-
 @pytest.fixture
 def counting():
     if not EMULATED:
         pytest.skip("counters belong to the emulated backend")
     emulator = Emulator()
     emulator.configure("COUNT", "1")
-    emulator.library.pyvitfast_emulator_reset_counters()
+    emulator.reset_counters()
     yield emulator
     emulator.configure("COUNT", "")
 
@@ -213,3 +200,21 @@ def test_shared_memory_has_no_bank_conflicts(counting):
     for kernel in counting.counters().values():
         for access in ("shared_load", "shared_store"):
             assert kernel[access]["wavefronts"] == kernel[access]["least_wavefronts"]
+
+
+@pytest.mark.skipif(EMULATED, reason="instruction sets belong to the CPU kernels")
+def test_every_instruction_set_gives_the_same_bits():
+    from pyvitfast import _C
+
+    script = (
+        "import torch, pyvitfast.ops as ops; torch.manual_seed(0);"
+        "draw = lambda d: [torch.randn(s).to(d) for s in ((130, 77), (33,), (64, 256))];"
+        "sums = [ops.saliency_rowcol(draw(d), draw(d), abs=a)"
+        " for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for a in (False, True)];"
+        "print(torch.cat([s.double() for s in sums]).view(torch.int64).tolist())"
+    )
+    seen = set()
+    for capability in _C.supported_cpu_capabilities():
+        env = {**os.environ, "PYVITFAST_CPU_CAPABILITY": capability}
+        seen.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout)
+    assert len(seen) == 1

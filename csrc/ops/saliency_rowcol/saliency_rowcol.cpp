@@ -242,8 +242,10 @@ TensorList saliency_rowcol_backward(Tensor grad, TensorList weights, TensorList 
 
 #if PVF_DEFINES_SCHEMAS
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
+    // No defaults: torch before 2.14 drops trailing arguments that equal them and then finds the
+    // gradient's structure wrong.
     m.def(
-        "saliency_rowcol(Tensor[] weights, Tensor[] grads, Tensor? inv_scale=None, bool abs=False) "
+        "saliency_rowcol(Tensor[] weights, Tensor[] grads, Tensor? inv_scale, bool abs) "
         "-> Tensor");
     m.def(
         "saliency_rowcol_backward(Tensor grad, Tensor[] weights, Tensor[] grads, Tensor? "

@@ -12,7 +12,17 @@ PVF_INLINE void store_sum(void* sums, int64_t at, double value, bool double_sums
     }
 }
 
-// Products of two floats are exact in double, so the sums are those of exact arithmetic up to the
+// Exact: two floats multiply in double, two 16-bit floats already in float.
+template <typename W, typename G>
+PVF_INLINE Doubles product_of(const W* weight, const G* grad) {
+    if constexpr (sizeof(W) == 2 && sizeof(G) == 2) {
+        return widen(load_floats(weight) * load_floats(grad));
+    } else {
+        return load_doubles(weight) * load_doubles(grad);
+    }
+}
+
+// Products are exact, so the sums are those of exact arithmetic up to the
 // last bits.
 template <typename W, typename G, int kRows>
 PVF_INLINE void sum_rows(const W* weight, int64_t weight_stride, const G* grad, int64_t grad_stride,
@@ -22,9 +32,10 @@ PVF_INLINE void sum_rows(const W* weight, int64_t weight_stride, const G* grad, 
     int64_t col = 0;
     for (; col + kLanes <= cols; col += kLanes) {
         Doubles column = load_unaligned<Doubles>(partial + col);
+#pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
-            Doubles product = load_doubles(weight + row * weight_stride + col) *
-                              load_doubles(grad + row * grad_stride + col);
+            Doubles product =
+                product_of(weight + row * weight_stride + col, grad + row * grad_stride + col);
             product = reinterpret_cast<Doubles>(reinterpret_cast<LongWords>(product) & keep);
             rows[row] += product;
             column += product;
@@ -125,41 +136,27 @@ static void backward(const SaliencyMatrix& matrix, bool absolute, int64_t begin,
     }
 }
 
-// Calls f with a null pointer of each factor's type.
+// Calls f with the Types of the two factors; float64 comes in pairs.
 template <typename F>
 PVF_INLINE void with_types(const SaliencyMatrix& matrix, const F& f) {
-    const auto with_grad = [&](auto* weight) {
-        switch (matrix.grad_type) {
-            case FloatType::kBFloat16:
-                return f(weight, static_cast<BFloat16*>(nullptr));
-            case FloatType::kFloat16:
-                return f(weight, static_cast<Half*>(nullptr));
-            default:
-                return f(weight, static_cast<float*>(nullptr));
-        }
-    };
-    switch (matrix.weight_type) {
-        case FloatType::kFloat64:
-            return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-        case FloatType::kBFloat16:
-            return with_grad(static_cast<BFloat16*>(nullptr));
-        case FloatType::kFloat16:
-            return with_grad(static_cast<Half*>(nullptr));
-        default:
-            return with_grad(static_cast<float*>(nullptr));
+    if (matrix.weight_type == FloatType::kFloat64) {
+        return f(Type<double>{}, Type<double>{});
     }
+    with_narrow_float(matrix.weight_type, [&](auto weight) {
+        with_narrow_float(matrix.grad_type, [&](auto grad) { f(weight, grad); });
+    });
 }
 
 static void any_tile(const SaliencyMatrix& matrix, bool absolute, int64_t begin, int64_t end,
                      double* partial, void* sums, double inv_scale, bool double_sums) {
-    with_types(matrix, [&]<typename W, typename G>(W*, G*) {
+    with_types(matrix, [&]<typename W, typename G>(Type<W>, Type<G>) {
         tile<W, G>(matrix, absolute, begin, end, partial, sums, inv_scale, double_sums);
     });
 }
 
 static void any_backward(const SaliencyMatrix& matrix, bool absolute, int64_t begin, int64_t end,
                          const void* sums, double inv_scale, bool double_sums) {
-    with_types(matrix, [&]<typename W, typename G>(W*, G*) {
+    with_types(matrix, [&]<typename W, typename G>(Type<W>, Type<G>) {
         backward<W, G>(matrix, absolute, begin, end, sums, inv_scale, double_sums);
     });
 }

@@ -2,6 +2,7 @@
 #include "ops/saliency_rowcol/saliency_rowcol_math.h"
 #include "portable/device.h"
 #include "portable/launch_result.h"
+#include "portable/multi_tensor.h"
 #include "portable/reduce.h"
 #include "portable/vec.h"
 
@@ -17,22 +18,6 @@ constexpr int kThreads = kSaliencyCudaThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWarpCols = kTileCols / kWarps;
 constexpr int kPerLane = kWarpCols / 32;
-
-// Tiles of the matrices follow one another in the grid; this block's matrix is the last that begins
-// at or before its tile.
-PVF_DEVICE int find_matrix(const SaliencyRowcolParams& p, int64_t tile) {
-    int low = 0;
-    int high = p.count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (p.matrices[middle].tile_begin <= tile) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    return low;
-}
 
 template <typename A, typename T>
 PVF_DEVICE A widen(T value) {
@@ -174,30 +159,15 @@ PVF_DEVICE void finish(const SaliencyMatrix& matrix, const A* partials, A* sums,
     }
 }
 
-// Calls f with null pointers of the two factors' types; A is double only for two doubles.
+// Calls f with the Types of the two factors; A is double only for two doubles.
 template <typename A, typename F>
 PVF_DEVICE void with_types(const SaliencyMatrix& matrix, const F& f) {
     if constexpr (sizeof(A) == 8) {
-        f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+        f(Type<double>{}, Type<double>{});
     } else {
-        const auto with_grad = [&](auto* weight) {
-            switch (matrix.grad_type) {
-                case FloatType::kBFloat16:
-                    return f(weight, static_cast<BFloat16*>(nullptr));
-                case FloatType::kFloat16:
-                    return f(weight, static_cast<Half*>(nullptr));
-                default:
-                    return f(weight, static_cast<float*>(nullptr));
-            }
-        };
-        switch (matrix.weight_type) {
-            case FloatType::kBFloat16:
-                return with_grad(static_cast<BFloat16*>(nullptr));
-            case FloatType::kFloat16:
-                return with_grad(static_cast<Half*>(nullptr));
-            default:
-                return with_grad(static_cast<float*>(nullptr));
-        }
+        with_narrow_float(matrix.weight_type, [&](auto weight) {
+            with_narrow_float(matrix.grad_type, [&](auto grad) { f(weight, grad); });
+        });
     }
 }
 
@@ -207,8 +177,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     PVF_SHARED(A, shared_rows, kWarps * kTileRows);
     PVF_SHARED(int32_t, is_last, 1);
     const int64_t block = block_idx().x;
-    const int index = find_matrix(p, block);
-    const SaliencyMatrix& matrix = p.matrices[index];
+    const SaliencyMatrix& matrix = entry_of_tile(p.matrices, p.count, block);
     const int64_t row_tiles = saliency_row_tiles(matrix.rows);
     const int64_t col_tiles = saliency_col_tiles(matrix.cols);
     const int64_t tiles = row_tiles * col_tiles;
@@ -216,9 +185,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     A* partials = static_cast<A*>(p.partials);
     A(*row_sums)[kTileRows] = reinterpret_cast<A(*)[kTileRows]>(&shared_rows[0]);
     if (tiles > 0) {
-        with_types<A>(matrix, [&](auto* weight, auto* grad) {
-            using W = std::remove_pointer_t<decltype(weight)>;
-            using G = std::remove_pointer_t<decltype(grad)>;
+        with_types<A>(matrix, [&](auto weight, auto grad) {
+            using W = typename decltype(weight)::type;
+            using G = typename decltype(grad)::type;
             sum_tile_of<A, W, G>(matrix, p.absolute != 0, tile / col_tiles, tile % col_tiles,
                                  partials, row_sums);
         });
@@ -226,7 +195,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     thread_fence();
     sync_threads();
     if (thread_idx().x == 0) {
-        const int32_t ticket = atomic_add(p.tickets + index, 1);
+        const int32_t ticket = atomic_add(p.tickets + (&matrix - p.matrices), 1);
         store_shared(&is_last[0], int32_t(ticket + 1 >= tiles));
     }
     sync_threads();
@@ -267,16 +236,16 @@ template <typename A>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     saliency_rowcol_backward_kernel(const __grid_constant__ SaliencyRowcolParams p) {
     const int64_t block = block_idx().x;
-    const SaliencyMatrix& matrix = p.matrices[find_matrix(p, block)];
+    const SaliencyMatrix& matrix = entry_of_tile(p.matrices, p.count, block);
     if (matrix.rows == 0 || matrix.cols == 0) {
         return;
     }
     const int64_t col_tiles = saliency_col_tiles(matrix.cols);
     const int64_t tile = block - matrix.tile_begin;
     const A scale = p.inv_scale != nullptr ? static_cast<A>(load(p.inv_scale)) : A(1);
-    with_types<A>(matrix, [&](auto* weight, auto* grad) {
-        using W = std::remove_pointer_t<decltype(weight)>;
-        using G = std::remove_pointer_t<decltype(grad)>;
+    with_types<A>(matrix, [&](auto weight, auto grad) {
+        using W = typename decltype(weight)::type;
+        using G = typename decltype(grad)::type;
         backward_tile<A, W, G>(matrix, p.absolute != 0, tile / col_tiles, tile % col_tiles,
                                static_cast<const A*>(p.sums), scale);
     });

@@ -68,16 +68,8 @@ PVF_INLINE void scaled_rows(const GatherTensor& t, int64_t begin, int64_t end) {
 static void rows(const GatherTensor& t, const KeptRun* runs, int64_t run_count, int64_t begin,
                  int64_t end) {
     if (t.row_scale != nullptr || t.col_scale != nullptr) {
-        switch (t.type) {
-            case FloatType::kFloat64:
-                return scaled_rows<double, double>(t, begin, end);
-            case FloatType::kBFloat16:
-                return scaled_rows<BFloat16, float>(t, begin, end);
-            case FloatType::kFloat16:
-                return scaled_rows<Half, float>(t, begin, end);
-            default:
-                return scaled_rows<float, float>(t, begin, end);
-        }
+        return with_float(
+            t.type, [&]<typename T>(Type<T>) { scaled_rows<T, Accumulate<T>>(t, begin, end); });
     }
     with_storage(t.element_size, [&]<typename T>(T) {
         for (int64_t row = begin; row < end; ++row) {
@@ -121,16 +113,7 @@ PVF_INLINE void backward_of(const GatherTensor& t, int64_t begin, int64_t end) {
 }
 
 static void backward(const GatherTensor& t, int64_t begin, int64_t end) {
-    switch (t.type) {
-        case FloatType::kFloat64:
-            return backward_of<double, double>(t, begin, end);
-        case FloatType::kBFloat16:
-            return backward_of<BFloat16, float>(t, begin, end);
-        case FloatType::kFloat16:
-            return backward_of<Half, float>(t, begin, end);
-        default:
-            return backward_of<float, float>(t, begin, end);
-    }
+    with_float(t.type, [&]<typename T>(Type<T>) { backward_of<T, Accumulate<T>>(t, begin, end); });
 }
 
 extern const StructuredGatherCpu structured_gather_cpu;

@@ -2,6 +2,7 @@
 #include "ops/structured_gather/structured_gather_math.h"
 #include "portable/device.h"
 #include "portable/launch_result.h"
+#include "portable/multi_tensor.h"
 #include "portable/vec.h"
 
 namespace pyvitfast {
@@ -10,41 +11,12 @@ using namespace device;
 
 namespace {
 
-PVF_DEVICE int find_tensor(const StructuredGatherParams& p, int64_t tile) {
-    int low = 0;
-    int high = p.count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (p.tensors[middle].tile_begin <= tile) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    return low;
-}
-
 PVF_DEVICE int64_t load_index(const void* index, bool wide, int64_t at) {
     if (index == nullptr) {
         return at;
     }
     return wide ? load(static_cast<const int64_t*>(index) + at)
                 : static_cast<int64_t>(load(static_cast<const int32_t*>(index) + at));
-}
-
-// Calls f with a null pointer of the dtype and one of its accumulator.
-template <typename F>
-PVF_DEVICE void with_float(FloatType type, const F& f) {
-    switch (type) {
-        case FloatType::kFloat64:
-            return f(static_cast<double*>(nullptr), double{});
-        case FloatType::kBFloat16:
-            return f(static_cast<BFloat16*>(nullptr), float{});
-        case FloatType::kFloat16:
-            return f(static_cast<Half*>(nullptr), float{});
-        default:
-            return f(static_cast<float*>(nullptr), float{});
-    }
 }
 
 struct Tile {
@@ -63,7 +35,7 @@ PVF_DEVICE Tile tile_of(int64_t tile, int64_t rows, int64_t cols) {
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kGatherThreads, 4)
     structured_gather_kernel(const __grid_constant__ StructuredGatherParams p) {
     const int64_t block = block_idx().x;
-    const GatherTensor& t = p.tensors[find_tensor(p, block)];
+    const GatherTensor& t = entry_of_tile(p.tensors, p.count, block);
     const Tile tile = tile_of(block - t.tile_begin, t.out_rows, t.out_cols);
     if (tile.col >= t.out_cols) {
         return;
@@ -81,9 +53,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kGatherThreads, 4)
         }
     };
     if (t.row_scale != nullptr || t.col_scale != nullptr) {
-        with_float(t.type, [&](auto* pointer, auto zero) {
-            using T = std::remove_pointer_t<decltype(pointer)>;
-            using A = decltype(zero);
+        with_float(t.type, [&](auto type) {
+            using T = typename decltype(type)::type;
+            using A = Accumulate<T>;
             const A col_scale =
                 t.col_scale != nullptr ? load(static_cast<const A*>(t.col_scale) + tile.col) : A(1);
             each_row([&](int64_t from, int64_t row) {
@@ -111,15 +83,15 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kGatherThreads, 4)
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kGatherThreads, 4)
     structured_gather_backward_kernel(const __grid_constant__ StructuredGatherParams p) {
     const int64_t block = block_idx().x;
-    const GatherTensor& t = p.tensors[find_tensor(p, block)];
+    const GatherTensor& t = entry_of_tile(p.tensors, p.count, block);
     const Tile tile = tile_of(block - t.tile_begin, t.in_rows, t.in_cols);
     if (tile.col >= t.in_cols) {
         return;
     }
     const gather::Span from_cols = gather::readers(t.cols, t.out_cols, tile.col);
-    with_float(t.type, [&](auto* pointer, auto zero) {
-        using T = std::remove_pointer_t<decltype(pointer)>;
-        using A = decltype(zero);
+    with_float(t.type, [&](auto type) {
+        using T = typename decltype(type)::type;
+        using A = Accumulate<T>;
         for (int64_t row = tile.row0; row < tile.row1; ++row) {
             const gather::Span from_rows = gather::readers(t.rows, t.out_rows, row);
             A total = A(0);

@@ -2,6 +2,7 @@
 #include "ops/structured_zero_/structured_zero__math.h"
 #include "portable/device.h"
 #include "portable/launch_result.h"
+#include "portable/multi_tensor.h"
 
 namespace pyvitfast {
 
@@ -9,24 +10,10 @@ using namespace device;
 
 namespace {
 
-PVF_DEVICE int find_tensor(const StructuredZeroParams& p, int64_t tile) {
-    int low = 0;
-    int high = p.count - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (p.tensors[middle].tile_begin <= tile) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    return low;
-}
-
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kZeroThreads, 4)
     structured_zero_kernel(const __grid_constant__ StructuredZeroParams p) {
     const int64_t block = block_idx().x;
-    const ZeroTensor& tensor = p.tensors[find_tensor(p, block)];
+    const ZeroTensor& tensor = entry_of_tile(p.tensors, p.count, block);
     const int64_t col_tiles = zero_col_tiles(tensor.cols);
     const int64_t tile = block - tensor.tile_begin;
     const int64_t col = tile % col_tiles * kZeroTileCols + thread_idx().x;

@@ -1,0 +1,1 @@
+"""Benchmarks: ``benchmarks.run`` times the ops, ``benchmarks.papers`` repeats the papers at small scale."""

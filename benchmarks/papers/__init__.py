@@ -1,0 +1,1 @@
+"""Small-scale reproductions, one module a paper."""
