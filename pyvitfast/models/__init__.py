@@ -2,6 +2,7 @@
 
 from pyvitfast.models.checkpoint import load, save
 from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.summary import ModelSummary, summary
 from pyvitfast.models.vision_transformer import (
     BlockDims,
@@ -24,4 +25,5 @@ __all__ = [
     "load",
     "save",
     "summary",
+    "vit_micro_patch2_8",
 ]

@@ -19,9 +19,20 @@ from pyvitfast.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 
 # A whole pruning run in about three seconds: 13 updates an epoch.
-TINY_PRUNE = (
-    "--epochs 2 --batch-size 100 --interval 2 --groups-per-step 8 --finetune-epochs 1 --device cpu".split()
-)
+TINY_PRUNE = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "100",
+    "--interval",
+    "2",
+    "--groups-per-step",
+    "8",
+    "--finetune-epochs",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,9 @@ def test_digits_split_is_fixed_and_complete() -> None:
 
 
 @given(
-    st.lists(st.integers(1, 60), min_size=2, max_size=8), st.floats(1, 200, allow_nan=False), st.integers(0, 9)
+    st.lists(st.integers(1, 60), min_size=2, max_size=8),
+    st.floats(1, 200, allow_nan=False),
+    st.integers(0, 9),
 )
 def test_long_tail_counts_follow_the_formula(sizes: list[int], ratio: float, seed: int) -> None:
     labels = [c for c, n in enumerate(sizes) for _ in range(n)]
@@ -161,7 +163,12 @@ def test_bad_image_files_are_named_at_the_start(image_folder: Path) -> None:
     with pytest.raises(UserError) as error:
         open_data(settings(data=str(image_folder)))
     message = str(error.value)
-    for name in ("cat/0.jpg (damaged", "dog/1.png (damaged", "dog/2.jpg (not an image", "dog/4.jpg (not an image"):
+    for name in (
+        "cat/0.jpg (damaged",
+        "dog/1.png (damaged",
+        "dog/2.jpg (not an image",
+        "dog/4.jpg (not an image",
+    ):
         assert name in message
     assert "1.jpg" not in message
     unchecked = open_data(settings(data=str(image_folder), check_images=False))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PRUNE, metrics, start
 from safetensors.torch import load_file
+
+from tests.train.conftest import TINY_PRUNE, metrics, start
 
 
 def finish(*args: object, processes: int) -> None:

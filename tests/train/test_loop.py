@@ -12,7 +12,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import pyvitfast as vf
-from conftest import metrics
 from pyvitfast.train import Settings, UserError, resolve, train
 from pyvitfast.train import loop as loops
 from pyvitfast.train import run as runs
@@ -21,6 +20,7 @@ from pyvitfast.train.folder import RunFolder
 from pyvitfast.train.loop import Loop, Stage, evaluate
 from pyvitfast.train.model import for_data
 from pyvitfast.train.progress import Reporter
+from tests.train.conftest import metrics
 
 
 def tiny(**changes: Any) -> Settings:
@@ -85,7 +85,9 @@ def test_mixup_reaches_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     seen: list[torch.Tensor] = []
     soft = loops.timm.loss.SoftTargetCrossEntropy.forward
     monkeypatch.setattr(
-        loops.timm.loss.SoftTargetCrossEntropy, "forward", lambda self, x, y: seen.append(y) or soft(self, x, y)
+        loops.timm.loss.SoftTargetCrossEntropy,
+        "forward",
+        lambda self, x, y: seen.append(y) or soft(self, x, y),
     )
     run(tiny(mixup=0.8, cutmix=1.0, smoothing=0.1), tmp_path / "o")
     assert len(seen) == 13

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 import pyvitfast as vf
-import pyvitfast.models.micro  # noqa: F401
+import pyvitfast.models.micro
 from pyvitfast.report import Subject, latencies, write_report
 from pyvitfast.report.measure import Facts, table
 
@@ -41,13 +41,16 @@ def slim_copy(dense: torch.nn.Module) -> torch.nn.Module:
 
 def events() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
-        {"event": "start", "command": ["pyvitfast", "prune", "--data", "<a&b>"], "versions": {"torch": "9.8.7"}}
+        {
+            "event": "start",
+            "command": ["pyvitfast", "prune", "--data", "<a&b>"],
+            "versions": {"torch": "9.8.7"},
+        }
     ]
     for stage, count in {"train": 3, "prune": 2, "finetune": 1}.items():
         for i in range(count):
-            found.append(
-                {"event": "epoch", "stage": stage, "epoch": i + 1, "train_loss": 1 / (i + 1), "top1": 80 + i, "macs": 0.9 - i / 5}
-            )  # fmt: skip
+            values = {"epoch": i + 1, "train_loss": 1 / (i + 1), "top1": 80 + i, "macs": 0.9 - i / 5}
+            found.append({"event": "epoch", "stage": stage, **values})
         if stage == "train":
             found.append({"event": "dense", "top1": 82.0, "class_mean": 81.0})
         if stage == "prune":
@@ -79,7 +82,9 @@ def test_page_needs_nothing_from_elsewhere(report: tuple[Path, str, list[torch.n
     text = (report[0] / "report.html").read_text()
     assert not re.search(r"https?://", text)
     page = Page(text)
-    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    sources = [
+        value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")
+    ]
     assert len(sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "@import" not in text

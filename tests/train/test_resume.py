@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_PRUNE, metrics, start
 from safetensors.torch import load_file
 from typer.testing import Result
 
 from pyvitfast.train.loop import Loop
+from tests.train.conftest import TINY_PRUNE, metrics, start
 
 Cli = Callable[..., Result]
 
@@ -21,8 +21,9 @@ Cli = Callable[..., Result]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a pruning run that nothing disturbed."""
-    from pyvitfast.cli import app
     from typer.testing import CliRunner
+
+    from pyvitfast.cli import app
 
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -67,7 +68,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_mixup_and_drop_path_resume_to_the_same_bits(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = "--epochs 2 --batch-size 100 --device cpu --mixup 0.8 --cutmix 1 --set drop_path=0.3".split()
+    options = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "100",
+        "--device",
+        "cpu",
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1",
+        "--set",
+        "drop_path=0.3",
+    ]
     assert cli("train", *options, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 19, signal.SIGTERM)
@@ -113,7 +127,9 @@ def test_signals_save_and_say_how_to_go_on(tmp_path: Path, signum: signal.Signal
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
-    assert stderr.strip() == f"Stopped; a checkpoint is saved. Go on with: pyvitfast train --resume --out {out}"
+    assert (
+        stderr.strip() == f"Stopped; a checkpoint is saved. Go on with: pyvitfast train --resume --out {out}"
+    )
 
 
 def test_finished_run_resumes_to_itself(cli: Cli, whole: Path) -> None:

@@ -24,7 +24,7 @@ def test_recipe_of_digits_is_not_used_for_other_data() -> None:
     found = resolve(flags={"data": "some/folder", "model": "vit_tiny_patch16_224"})
     assert found.lr == Settings().lr
     assert found.group_sizes is None
-    with pytest.raises(UserError, match="--model is needed with --data some/folder"):
+    with pytest.raises(UserError, match=r"--model is needed with --data some/folder"):
         resolve(flags={"data": "some/folder"})
 
 
@@ -90,11 +90,11 @@ def test_bad_value_is_named(key: str, value: object, words: str) -> None:
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--set: unknown key 'epoch'. Did you mean 'epochs'"):
+    with pytest.raises(UserError, match=r"--set: unknown key 'epoch'. Did you mean 'epochs'"):
         resolve(None, ["epoch=3"])
     file = tmp_path / "c.yaml"
     file.write_text("finetune_epoch: 3\n")
-    with pytest.raises(UserError, match="unknown key 'finetune_epoch'. Did you mean 'finetune_epochs'"):
+    with pytest.raises(UserError, match=r"unknown key 'finetune_epoch'. Did you mean 'finetune_epochs'"):
         resolve(file)
 
 
@@ -113,9 +113,9 @@ def test_empty_yaml_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_missing_yaml_and_bad_set() -> None:
-    with pytest.raises(UserError, match="--config nowhere.yaml: no such file"):
+    with pytest.raises(UserError, match=r"--config nowhere.yaml: no such file"):
         resolve(Path("nowhere.yaml"))
-    with pytest.raises(UserError, match="must have the form key=value"):
+    with pytest.raises(UserError, match=r"must have the form key=value"):
         resolve(None, ["lr"])
-    with pytest.raises(UserError, match="is not valid YAML"):
+    with pytest.raises(UserError, match=r"is not valid YAML"):
         resolve(None, ["lr=[1"])
