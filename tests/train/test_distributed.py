@@ -25,7 +25,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Same global batch: same order, same removals, same weights up to the order of a sum.
 
     The mean of two half-batch means differs from the whole mean in the last bit; AdamW divides by the
-    gradient's own size and passes that on. Observed: 3e-6 on weights after 13 updates, 2e-4 after the run.
+    gradient's own size and passes that on. Observed on one CPU: largest difference of a weight 4e-5 in the
+    dense and 9e-4 in the final model, of a loss 4e-7, accuracies equal.
     """
     for processes in (1, 2):
         finish("prune", *TINY_PRUNE, "--out", tmp_path / str(processes), processes=processes)
@@ -34,11 +35,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert widths(tmp_path / "1") == widths(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
         if a["event"] == "epoch":
-            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
             assert b["top1"] == pytest.approx(a["top1"], abs=0.7)  # 3 of 497 images
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
-    for key in a:
-        torch.testing.assert_close(b[key], a[key], rtol=1e-2, atol=5e-3)
+    for file, atol in {"dense": 2e-4, "model": 5e-3}.items():
+        a, b = (load_file(tmp_path / name / f"{file}.safetensors") for name in ("1", "2"))
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], rtol=0, atol=atol)
 
 
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_accumulated_steps_equal_one_large_step(tmp_path: Path) -> None:
     run(tiny(batch_size=50, grad_accum_steps=2), tmp_path / "parts")
     large, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "parts"))
     for key, weight in large.items():
-        # Sums in another order, amplified by 13 AdamW updates of 2e-3.
-        torch.testing.assert_close(parts[key], weight, rtol=1e-2, atol=1e-3)
+        # Sums in another order, amplified by 13 AdamW updates of up to 2e-3; observed 1.6e-5.
+        torch.testing.assert_close(parts[key], weight, rtol=0, atol=1e-4)
     initial = for_data(tiny(), open_data(tiny()))[0].state_dict()
     assert max(float((large[k] - initial[k]).abs().max()) for k in large) > 1e-2
 
@@ -126,7 +126,7 @@ def test_clipping_bounds_the_update(tmp_path: Path) -> None:
     loop.run(Stage("train", 1.0, 1), model)
     moved = (torch.nn.utils.parameters_to_vector(model.parameters()) - before).norm()
     # 13 updates with Nesterov momentum 0.9: each at most 1e-4 / (1 - 0.9) long.
-    assert 0 < float(moved) <= 13 * 1e-3 * 1.01
+    assert 0 < moved.item() <= 13 * 1e-3 * 1.01
 
 
 def test_bf16_trains_and_leaves_an_ordinary_model(tmp_path: Path) -> None:
