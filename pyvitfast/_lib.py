@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -95,6 +96,17 @@ def load_library(path: Path) -> None:
         ) from error
 
 
+def check_cpu_capability() -> None:
+    """Raise ImportError when ``PYVITFAST_CPU_CAPABILITY`` names what this processor cannot run."""
+    if not os.environ.get("PYVITFAST_CPU_CAPABILITY") or find_binary("_C") is None:
+        return  # without _C the first op call reports it
+    introspection = importlib.import_module("pyvitfast._C")
+    try:
+        introspection.cpu_capability()
+    except RuntimeError as error:
+        raise ImportError(f"{error}.") from None
+
+
 def load(package_version: str) -> Status:
     """Load what ``PYVITFAST_BACKEND`` asks for, or CPU kernels and, where torch has CUDA, CUDA kernels."""
     status = Status()
@@ -114,6 +126,7 @@ def load(package_version: str) -> Status:
         return status
     status.build = read_build_info(binary)
     check_versions(status.build, package_version, torch.__version__)
+    check_cpu_capability()
     load_library(binary)
     status.loaded.append(main)
     if backend == "emulated":
