@@ -72,7 +72,10 @@ def runtime(name: str) -> str:
 
 
 def environment(package: Path, backend: str, library: str) -> dict[str, str]:
-    """Preloads the sanitizer and shows Python the package copy; without libstdc++ the first C++ exception aborts."""
+    """Preloads the sanitizer and shows Python the package copy.
+
+    Without libstdc++ beside it the first C++ exception aborts.
+    """
     packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     return {
         **os.environ,
@@ -85,9 +88,14 @@ def environment(package: Path, backend: str, library: str) -> dict[str, str]:
 
 def python(package: Path, env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python without site: an editable install's import hook would win over the package copy."""
-    command = [sys.executable, "-S", *arguments]
     return subprocess.run(
-        command, cwd=package, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [sys.executable, "-S", *arguments],
+        cwd=package,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
 
 
@@ -109,7 +117,9 @@ def judge(row: Row, done: subprocess.CompletedProcess[str]) -> Row:
     return row
 
 
-def pytest_row(sanitizer: str, backend: str, done: subprocess.CompletedProcess[str], report: Path, start: float) -> Row:
+def pytest_row(
+    sanitizer: str, backend: str, done: subprocess.CompletedProcess[str], report: Path, start: float
+) -> Row:
     """A row from pytest's report; a run that a sanitizer ended has none."""
     row = Row(sanitizer, backend, "stopped", "clean", time.monotonic() - start, False)
     if report.is_file():
@@ -134,8 +144,8 @@ def memory_rows(backends: list[str], rest: list[str]) -> list[Row]:
         report = package / f"{backend}.xml"
         print(f"== {MEMORY}, {backend}: pytest tests/ops -k '{LEFT_OUT}'", flush=True)
         start = time.monotonic()
-        arguments = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, f"--junitxml={report}"]
-        done = python(package, env, *arguments, "tests/ops", *rest)
+        pytest = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+        done = python(package, env, *pytest, f"--junitxml={report}", "tests/ops", *rest)
         rows.append(pytest_row(MEMORY, backend, done, report, start))
     return rows
 
@@ -149,8 +159,8 @@ def thread_row() -> Row:
     start = time.monotonic()
     done = python(package, env, "-m", "tests.ops.tiny")
     calls = re.search(r"^\d+ calls$", done.stdout, re.MULTILINE)
-    row = Row("thread", "emulated", calls[0] if calls else "stopped", "clean", time.monotonic() - start, False)
-    return judge(row, done)
+    tests = calls[0] if calls else "stopped"
+    return judge(Row("thread", "emulated", tests, "clean", time.monotonic() - start, False), done)
 
 
 def emulator_row() -> Row:

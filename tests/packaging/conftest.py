@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-JUNK = (".git", ".venv", "build", "dist", "out", "__pycache__", "*.so", "_build_info.json", ".*_cache", ".hypothesis")
+JUNK = ".git .venv build dist out __pycache__ *.so _build_info.json .*_cache .hypothesis".split()
 SITE_PACKAGES = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """This process's environment without what would change the outcome, and with ``settings``."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYVITFAST_", "PYTHONPATH", "LD_PRELOAD"))}
+    left_out = ("PYVITFAST_", "PYTHONPATH", "LD_PRELOAD")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     return {**kept, **settings}
 
 
@@ -49,7 +50,7 @@ def tree(tmp_path_factory) -> Path:
     """A copy of the source tree with nothing built in it, and with litter that must not be shipped."""
     copy = tmp_path_factory.mktemp("source") / "pyvitfast"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*JUNK))
-    for litter in (".git/HEAD", ".venv/pyvenv.cfg", "build/junk.o", "out/demo/report.html", "pyvitfast/_ops.so"):
+    for litter in (".git/HEAD", ".venv/pyvenv.cfg", "build/junk.o", "out/report.html", "pyvitfast/_ops.so"):
         (copy / litter).parent.mkdir(parents=True, exist_ok=True)
         (copy / litter).write_text("litter")
     return copy
