@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "address,undefined"
 # Inductor's own compiler runs would inherit the preloaded sanitizer; they try no further kernel code.
 LEFT_OUT = "not inductor"
-FINDING = re.compile(r"ERROR: AddressSanitizer: .*|WARNING: ThreadSanitizer: .*|\S+: runtime error: .*")
+FINDING = re.compile(r"(?:SUMMARY: )(\w+Sanitizer: .*)|(\S+: runtime error: .*)")
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=67",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -113,7 +113,8 @@ def judge(row: Row, done: subprocess.CompletedProcess[str]) -> Row:
     row.good = done.returncode == 0 and finding is None
     if not row.good:
         print(done.stdout[-20000:], flush=True)
-        row.result = finding[0][:90] if finding else f"exit status {done.returncode}"
+        text = (finding[1] or finding[2]).replace(f"{ROOT}/", "") if finding else ""
+        row.result = text[:120] or f"exit status {done.returncode}"
     return row
 
 

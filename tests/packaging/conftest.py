@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-JUNK = ".git .venv build dist out __pycache__ *.so _build_info.json .*_cache .hypothesis".split()
+JUNK = [".git", ".venv", "build", "dist", "out", "__pycache__", "*.so", "*_build_info.json", ".*_cache"]
 SITE_PACKAGES = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
 
 

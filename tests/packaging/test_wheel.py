@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -256,6 +257,13 @@ class TestConfigure:
 def test_emulated_library_only_when_asked_for(tmp_path):
     printed = configure(tmp_path, clean_environment(), "-DPYVITFAST_CUDA=OFF", "-DPYVITFAST_BUILD_TESTS=ON")
     assert "builds: _ops, _ops_emulated, _C" in printed
+
+
+def test_max_jobs_bounds_the_compiler_runs(tmp_path):
+    configure(tmp_path, clean_environment(MAX_JOBS="3"), "-DPYVITFAST_CUDA=OFF")
+    rules = (tmp_path / "CMakeFiles" / "rules.ninja").read_text() + (tmp_path / "build.ninja").read_text()
+    assert re.search(r"^pool compile\n\s+depth = 3$", rules, re.MULTILINE)
+    assert "pool = compile" in rules
 
 
 def test_thread_sanitizer_needs_the_emulator(tmp_path):
