@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "address,undefined"
 # Inductor's own compiler runs would inherit the preloaded sanitizer; they try no further kernel code.
 LEFT_OUT = "not inductor"
-FINDING = re.compile(r"(?:SUMMARY: )(\w+Sanitizer: .*)|(\S+: runtime error: .*)")
+FINDING = re.compile(r"(?:SUMMARY: )(\w+Sanitizer: .*)|(/\S+: runtime error: .*)")
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=67",
     "UBSAN_OPTIONS": "print_stacktrace=1",
