@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,6 +43,10 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
         throw py::value_error("launch_plan: `arch` must be 80 or newer, got " +
                               std::to_string(arch));
     }
+    if (op != "saliency_rowcol" && op != "saliency_commit_" && op != "structured_zero_" &&
+        op != "structured_gather") {
+        throw py::value_error("launch_plan: unknown op '" + op + "'");
+    }
     int64_t blocks = 0;
     int64_t elements = 0;
     int64_t edges = 0;
@@ -54,10 +59,8 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
             blocks += zero_row_tiles(rows) * zero_col_tiles(cols);
         } else if (op == "structured_gather") {
             blocks += gather_row_tiles(rows) * gather_col_tiles(cols);
-        } else if (op == "saliency_commit_") {
-            blocks += (rows * cols + kCommitThreads - 1) / kCommitThreads;
         } else {
-            throw py::value_error("launch_plan: unknown op '" + op + "'");
+            blocks += commit_blocks(rows * cols);
         }
     }
     if (op == "saliency_rowcol") {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("cpu", "cuda", "emulated")
+REMEDY = "Reinstall against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 @dataclass
@@ -60,16 +62,15 @@ def version_tuple(version: str) -> tuple[int, int]:
 
 def check_versions(build: dict[str, Any], package_version: str, torch_version: str) -> None:
     """Raise ImportError when the binaries were built for another torch or another pyvitfast."""
-    remedy = "Reinstall against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
     if build["version"] != package_version:
         raise ImportError(
             f"pyvitfast: the Python files are version {package_version}, "
-            f"the compiled libraries are version {build['version']}. {remedy}"
+            f"the compiled libraries are version {build['version']}. {REMEDY}"
         )
     if version_tuple(torch_version) < version_tuple(build["torch_target"]):
         raise ImportError(
             f"pyvitfast: built for torch {build['torch_target']} or newer (compiled against "
-            f"{build['torch_version']}), but torch {torch_version} is running. {remedy}"
+            f"{build['torch_version']}), but torch {torch_version} is running. {REMEDY}"
         )
 
 
@@ -90,9 +91,19 @@ def load_library(path: Path) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"pyvitfast: {path.name} could not be loaded under torch {torch.__version__}: {error}. "
-            "Reinstall against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"pyvitfast: {path.name} could not be loaded under torch {torch.__version__}: {error}. {REMEDY}"
         ) from error
+
+
+def check_cpu_capability() -> None:
+    """Raise ImportError when ``PYVITFAST_CPU_CAPABILITY`` names what this processor cannot run."""
+    if not os.environ.get("PYVITFAST_CPU_CAPABILITY") or find_binary("_C") is None:
+        return  # without _C the first op call reports it
+    introspection = importlib.import_module("pyvitfast._C")
+    try:
+        introspection.cpu_capability()
+    except RuntimeError as error:
+        raise ImportError(f"{error}.") from None
 
 
 def load(package_version: str) -> Status:
@@ -103,7 +114,8 @@ def load(package_version: str) -> Status:
     binary = find_binary(main)
     if binary is None:
         hint = (
-            "build the test binaries: pip install --no-build-isolation -C cmake.define.PYVITFAST_BUILD_TESTS=ON ."
+            "build the test binaries: "
+            "pip install --no-build-isolation -C cmake.define.PYVITFAST_BUILD_TESTS=ON ."
             if backend == "emulated"
             else "install with a C++20 compiler present: pip install --no-build-isolation ."
         )
@@ -114,6 +126,7 @@ def load(package_version: str) -> Status:
         return status
     status.build = read_build_info(binary)
     check_versions(status.build, package_version, torch.__version__)
+    check_cpu_capability()
     load_library(binary)
     status.loaded.append(main)
     if backend == "emulated":

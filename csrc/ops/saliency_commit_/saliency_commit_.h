@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "portable/platform.h"
+
 namespace pyvitfast {
 
 struct SaliencyCommitParams {
@@ -21,6 +23,12 @@ struct SaliencyCommitParams {
 };
 
 constexpr int kCommitThreads = 256;
+constexpr int64_t kCommitMaxBlocks = 1024;  // each thread strides over the rest
+
+PVF_HOST_DEVICE int64_t commit_blocks(int64_t work) {
+    const int64_t blocks = (work + kCommitThreads - 1) / kCommitThreads;
+    return blocks < 1 ? 1 : blocks < kCommitMaxBlocks ? blocks : kCommitMaxBlocks;
+}
 
 struct SaliencyCommitCpu {
     // True when indptr and indices of units [begin, end) point into the workspace.

@@ -69,13 +69,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kCommitThreads, 2)
 
 template <typename T, typename I>
 LaunchStatus run(const SaliencyCommitParams& p, Stream stream) {
-    constexpr int64_t kMaxBlocks = 1024;
-    const int64_t work = p.units > p.size ? p.units : p.size;
-    const int64_t blocks = (work + kCommitThreads - 1) / kCommitThreads;
-    const Dim3 grid{static_cast<unsigned>(blocks < 1            ? 1
-                                          : blocks < kMaxBlocks ? blocks
-                                                                : kMaxBlocks),
-                    1, 1};
+    const Dim3 grid{static_cast<unsigned>(commit_blocks(p.units > p.size ? p.units : p.size)), 1, 1};
     const Dim3 block{kCommitThreads, 1, 1};
     const LaunchStatus error = launch(saliency_square_kernel<T, I>, grid, block, 0, stream, p);
     if (error != kLaunchOk) {
