@@ -55,8 +55,23 @@ def header(device: str, threads: int) -> dict[str, Any]:
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """The table for people; losses are printed like gains."""
     table = Table()
-    for column in ("op", "case", "dtype", "dir", "ms", "GB/s", "of copy", "best peer", "x peer", "x eager", "x compile", "extra MB"):
-        table.add_column(column, justify="left" if column in ("op", "case", "dtype", "dir", "best peer") else "right")
+    for column in (
+        "op",
+        "case",
+        "dtype",
+        "dir",
+        "ms",
+        "GB/s",
+        "of copy",
+        "best peer",
+        "x peer",
+        "x eager",
+        "x compile",
+        "extra MB",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("op", "case", "dtype", "dir", "best peer") else "right"
+        )
     number = lambda v, spec=".2f": "-" if v is None else format(v, spec)  # noqa: E731
     for row in rows:
         table.add_row(
@@ -97,7 +112,9 @@ def main() -> int:
                 progress.update(task, description=f"{name} {case.case}")
                 rows.append(measure(case, args.device, args.threads, copy, seconds))
     facts = header(args.device, args.threads)
-    console.print(" | ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+    console.print(
+        " | ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+    )
     show(console, rows)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def check_cuda_versions(build: dict[str, Any], torch_cuda: str) -> None:
 def load_library(path: Path) -> None:
     """Load one library; a loader error names both torch versions and the remedy."""
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"pyvitfast: {path.name} could not be loaded under torch {torch.__version__}: {error}. {REMEDY}"

@@ -63,7 +63,16 @@ def test_peak_bytes_sees_a_temporary():
 
 def test_command_writes_rows(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.run", "--op", "saliency_commit_", "--quick", "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.run",
+        "--op",
+        "saliency_commit_",
+        "--quick",
+        "--json",
+        str(file),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads(file.read_text())
     assert found["header"]["threads"] >= 1

@@ -54,7 +54,9 @@ def test_each_part_has_its_file(name, path):
     assert (ROOT / path.format(name)).is_file()
 
 
-@pytest.mark.parametrize("folder", ["csrc/ops", "pyvitfast/ops", "pyvitfast/reference", "benchmarks/ops", "docs/ops"])
+@pytest.mark.parametrize(
+    "folder", ["csrc/ops", "pyvitfast/ops", "pyvitfast/reference", "benchmarks/ops", "docs/ops"]
+)
 def test_no_file_of_an_op_that_is_gone(folder):
     stems = {p.stem for p in (ROOT / folder).iterdir() if not p.name.startswith(("_", "."))}
     assert stems == set(NAMES)
@@ -64,7 +66,8 @@ def test_no_file_of_an_op_that_is_gone(folder):
 def test_dispatcher_holds_every_kernel(name):
     for op in [name] + ([] if name in NOT_DIFFERENTIABLE else [f"{name}_backward"]):
         has = {
-            key: torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvitfast::{op}", key) for key in ("CPU", "Meta")
+            key: torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvitfast::{op}", key)
+            for key in ("CPU", "Meta")
         }
         assert all(has.values()), (op, has)
 
@@ -155,7 +158,11 @@ def test_reference_imports_torch_only():
 
 
 def test_kernels_include_no_torch_header():
-    for path in [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*_cpu.cpp"), *(ROOT / "csrc/portable").glob("*")]:
+    for path in [
+        *(ROOT / "csrc").rglob("*.cu"),
+        *(ROOT / "csrc").rglob("*_cpu.cpp"),
+        *(ROOT / "csrc/portable").glob("*"),
+    ]:
         assert not re.search(r"#include\s+[<\"](torch|ATen|c10)/", path.read_text()), path
 
 

@@ -139,9 +139,7 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
                 usage[function].update(stack=stack, spill_stores=stores, spill_loads=loads)
         elif entry is not None and (match := re.search(r"Used (\d+) registers", line)):
             shared = re.search(r"(\d+) bytes smem", line)
-            usage[entry].update(
-                registers=int(match[1]), static_shared=int(shared[1]) if shared else 0
-            )
+            usage[entry].update(registers=int(match[1]), static_shared=int(shared[1]) if shared else 0)
     return usage
 
 
@@ -255,8 +253,7 @@ def table(kernels: list[Kernel]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
         )
         for r in rows
     )

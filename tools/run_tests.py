@@ -46,7 +46,16 @@ def main() -> int:
         print(f"\n== {label}: pytest {' '.join(paths)}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "not sanitize", f"--junitxml={report}", *paths]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "not sanitize",
+                f"--junitxml={report}",
+                *paths,
+            ]
             start = time.monotonic()
             code = subprocess.run([*command, *args.rest], cwd=ROOT, env={**os.environ, **env}).returncode
             seconds = time.monotonic() - start

@@ -18,7 +18,7 @@ def block_shapes(embed: int, mlp: int) -> list[tuple[int, int]]:
 
 
 def naive_block(block: list[tuple[Tensor, Tensor]], heads: int) -> list[Tensor]:
-    """Per-unit sums of one block, structure by structure, as the method reads: products made anew each time."""
+    """Per-unit sums of one block, structure by structure as the method reads, products made anew."""
     (qkv, dqkv), (proj, dproj), (fc1, dfc1), (fc2, dfc2) = block
     embed = proj.shape[0]
     dim = embed // heads
@@ -71,9 +71,7 @@ def unit_sums(workspace: Tensor, embed: int, mlp: int, heads: int, depth: int) -
 
 def joined(blocks: list[list[Tensor]]) -> list[Tensor]:
     """Readers of q, k and v are separate in the naive loop and one column sum in ours."""
-    return [
-        torch.cat([*s[:6], s[6] + s[7] + s[8], *s[9:]]) if len(s) == 12 else torch.cat(s) for s in blocks
-    ]
+    return [torch.cat([*s[:6], s[6] + s[7] + s[8], *s[9:]]) if len(s) == 12 else torch.cat(s) for s in blocks]
 
 
 def taylor(embed: int) -> Any:
@@ -87,9 +85,17 @@ def taylor(embed: int) -> Any:
     model(image).sum().backward()
     heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}
     pruner = tp.pruner.MetaPruner(
-        model, image, importance=tp.importance.GroupTaylorImportance(), num_heads=heads, ignored_layers=[model.head]
+        model,
+        image,
+        importance=tp.importance.GroupTaylorImportance(),
+        num_heads=heads,
+        ignored_layers=[model.head],
     )
-    groups = list(pruner.DG.get_all_groups(ignored_layers=[model.head], root_module_types=[torch.nn.Linear, torch.nn.Conv2d]))
+    groups = list(
+        pruner.DG.get_all_groups(
+            ignored_layers=[model.head], root_module_types=[torch.nn.Linear, torch.nn.Conv2d]
+        )
+    )
     score = tp.importance.GroupTaylorImportance()
     return lambda: [score(group) for group in groups]
 
@@ -135,7 +141,9 @@ def build(device: str, name: str, embed: int, mlp: int, heads: int, depth: int, 
                 prepared.append(taylor(embed))
             prepared[0]()
 
-        peers["torch_pruning_taylor"] = Peer(torch_pruning, same=False, note="another quantity; timed, no ratio")
+        peers["torch_pruning_taylor"] = Peer(
+            torch_pruning, same=False, note="another quantity; timed, no ratio"
+        )
     elements = sum(o * i for o, i in shapes)
     edges = sum(o + i for o, i in shapes)
     return Case(

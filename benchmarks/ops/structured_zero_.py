@@ -24,9 +24,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     masks = {size: alive(size) for size in {n for s in shapes for n in s}}
     rows = [masks[s[0]] for s in shapes]
     cols = [masks[s[1]] for s in shapes]
-    dead = sum(
-        s[0] * s[1] - int(r.sum()) * int(c.sum()) for s, r, c in zip(shapes, rows, cols, strict=True)
-    )
+    dead = sum(s[0] * s[1] - int(r.sum()) * int(c.sum()) for s, r, c in zip(shapes, rows, cols, strict=True))
 
     def spoil() -> None:
         for tensor in tensors:

@@ -29,11 +29,13 @@ def defined() -> bool:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not on CUDA, where it would cost a host sync."""
+    """Whether values can be looked at: not while tracing, nor on CUDA at the cost of a host sync."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
 
 
-def tensor_list(op: str, argument: str, value: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
+def tensor_list(
+    op: str, argument: str, value: Sequence[Tensor], like: Sequence[Tensor] | None = None
+) -> None:
     """A list of tensors on one device, as long as ``like``."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(f"{op}: `{argument}` must be a list of tensors, got {type(value).__name__}.")
@@ -65,7 +67,8 @@ def same_device(op: str, named: Sequence[tuple[str, Tensor]]) -> None:
     for name, tensor in named[1:]:
         if tensor.device != first.device:
             raise ValueError(
-                f"{op}: `{name}` must be on the device of `{first_name}` ({first.device}), got {tensor.device}."
+                f"{op}: `{name}` must be on the device of `{first_name}` ({first.device}), "
+                f"got {tensor.device}."
             )
     if first.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(

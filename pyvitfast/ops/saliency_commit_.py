@@ -48,7 +48,8 @@ def _check(
         )
     if indptr.shape[0] != acc.shape[0] + 1:
         raise ValueError(
-            f"{NAME}: `indptr` must have shape [{acc.shape[0] + 1}], one more than `acc`, got {list(indptr.shape)}."
+            f"{NAME}: `indptr` must have shape [{acc.shape[0] + 1}], one more than `acc`, "
+            f"got {list(indptr.shape)}."
         )
     if coeff is not None and coeff.shape != acc.shape:
         raise ValueError(f"{NAME}: `coeff` must have shape {list(acc.shape)}, got {list(coeff.shape)}.")
@@ -65,8 +66,8 @@ def saliency_commit_(
 ) -> None:
     r"""Add the squared saliency of each structural unit to ``acc``, unless the minibatch is not finite.
 
-    :math:`s_u = c_u \sum_{k=\text{indptr}_u}^{\text{indptr}_{u+1}-1} \text{workspace}[\text{indices}_k]`, then
-    :math:`\text{acc}_u \mathrel{+}= s_u^2`. If any workspace entry or any square is NaN or Inf the whole
+    :math:`s_u = c_u \sum_k \text{workspace}[\text{indices}_k]` for k from :math:`\text{indptr}_u` up to
+    :math:`\text{indptr}_{u+1}`, then :math:`\text{acc}_u \mathrel{+}= s_u^2`. If any workspace entry or any square is NaN or Inf the whole
     minibatch is left out: ``acc`` stays as it is and ``counts[1]`` grows by one instead of ``counts[0]``.
 
     Args:

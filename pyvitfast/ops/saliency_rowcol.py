@@ -22,7 +22,8 @@ def _check(weights: Sequence[Tensor], grads: Sequence[Tensor], inv_scale: Tensor
     if inv_scale is not None:
         if not isinstance(inv_scale, Tensor):
             raise TypeError(
-                f"{NAME}: `inv_scale` must be a float32 tensor of one element, got {type(inv_scale).__name__}."
+                f"{NAME}: `inv_scale` must be a float32 tensor of one element, "
+                f"got {type(inv_scale).__name__}."
             )
         named.append(("inv_scale", inv_scale))
     _checks.same_device(NAME, named)
@@ -37,7 +38,8 @@ def _check(weights: Sequence[Tensor], grads: Sequence[Tensor], inv_scale: Tensor
             raise ValueError(f"{NAME}: `weights[{i}]` must have rank 1 or more, got a scalar.")
         if w.shape != g.shape:
             raise ValueError(
-                f"{NAME}: `grads[{i}]` must have the shape of `weights[{i}]` {list(w.shape)}, got {list(g.shape)}."
+                f"{NAME}: `grads[{i}]` must have the shape of `weights[{i}]` {list(w.shape)}, "
+                f"got {list(g.shape)}."
             )
     if inv_scale is not None and inv_scale.numel() != 1:
         raise ValueError(f"{NAME}: `inv_scale` must have one element, got shape {list(inv_scale.shape)}.")
@@ -64,8 +66,8 @@ def saliency_rowcol(
         abs: sum the absolute values of the products instead.
 
     Returns:
-        Float32 tensor [sum of O_k + I_k] (float64 for float64 inputs), differentiable twice-refused: first
-        derivatives with respect to ``weights`` and ``grads``.
+        Float32 tensor [sum of O_k + I_k] (float64 for float64 inputs), differentiable once with respect
+        to ``weights`` and ``grads``; second derivatives are refused.
 
     Raises:
         TypeError: not lists of float tensors, or float64 mixed with others.
@@ -120,7 +122,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     n = ctx.count
     out = torch.ops.pyvitfast.saliency_rowcol_backward(
-        grad.contiguous(), list(saved[:n]), list(saved[n : 2 * n]), saved[2 * n] if ctx.scaled else None, ctx.abs
+        grad.contiguous(),
+        list(saved[:n]),
+        list(saved[n : 2 * n]),
+        saved[2 * n] if ctx.scaled else None,
+        ctx.abs,
     )
     return builtins.list(out[:n]), builtins.list(out[n:]), None, None
 

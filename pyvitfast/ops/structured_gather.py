@@ -25,7 +25,12 @@ def _check(
     none: list[Tensor | None] = [None] * count
     row_scale, col_scale = row_scale or none, col_scale or none
     named = [(f"tensors[{i}]", t) for i, t in enumerate(tensors)]
-    for argument, values in (("rows", rows), ("cols", cols), ("row_scale", row_scale), ("col_scale", col_scale)):
+    for argument, values in (
+        ("rows", rows),
+        ("cols", cols),
+        ("row_scale", row_scale),
+        ("col_scale", col_scale),
+    ):
         _checks.optional_list(NAME, argument, values, count)
         named += [(f"{argument}[{i}]", v) for i, v in enumerate(values) if v is not None]
     _checks.same_device(NAME, named)
@@ -50,7 +55,10 @@ def _check(
                     raise ValueError(
                         f"{NAME}: `{argument}[{i}]` must have rank 1, got shape {list(index.shape)}."
                     )
-        for argument, scale, size in (("row_scale", row_scale[i], sizes[0]), ("col_scale", col_scale[i], sizes[1])):
+        for argument, scale, size in (
+            ("row_scale", row_scale[i], sizes[0]),
+            ("col_scale", col_scale[i], sizes[1]),
+        ):
             if scale is None:
                 continue
             _checks.dtype_in(NAME, f"`tensors[{i}]` with a scale".strip("`"), tensor, _checks.FLOATS)
@@ -65,7 +73,9 @@ def _check(
                 raise NotImplementedError(f"{NAME}: `{argument}[{i}]` is a constant; detach it.")
 
 
-def _check_bounds(tensors: Sequence[Tensor], rows: Sequence[Tensor | None], cols: Sequence[Tensor | None]) -> None:
+def _check_bounds(
+    tensors: Sequence[Tensor], rows: Sequence[Tensor | None], cols: Sequence[Tensor | None]
+) -> None:
     seen: set[tuple[int, int]] = set()
     for argument, indices, dim in (("rows", rows, 0), ("cols", cols, -1)):
         for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
@@ -88,7 +98,9 @@ def structured_gather(
     row_scale: Sequence[Tensor | None] | None = None,
     col_scale: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    r"""The kept rows and columns of each tensor: :math:`\text{out}_{ij} = r_i\,c_j\,w[\text{rows}_i, \text{cols}_j]`.
+    r"""The kept rows and columns of each tensor.
+
+    :math:`\text{out}_{ij} = r_i\,c_j\,w[\text{rows}_i, \text{cols}_j]`
 
     Args:
         tensors: n tensors of any dtype and strides, [O, I] or [O]; rank 3 and more as [O, rest] with rows

@@ -87,7 +87,5 @@ def emulator_library(compile_cxx, tmp_path_factory):
     library = folder / "libkernels.so"
     flags = ["-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DPYVITFAST_EMULATED", f"-I{HERE}"]
     sources = [HERE / "emulator_library.cpp", HERE / "emulator_kernels.cu"]
-    compile_cxx(
-        *flags, "-x", "c++", *sources, *EMULATOR_SOURCES, "-x", "none", "-ldl", "-o", library
-    )
+    compile_cxx(*flags, "-x", "c++", *sources, *EMULATOR_SOURCES, "-x", "none", "-ldl", "-o", library)
     return library

@@ -80,9 +80,7 @@ def plain(emulator_program):
 
 
 @pytest.mark.parametrize("copy", ["issue", "wait"])
-@pytest.mark.parametrize(
-    "order, seed", [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
-)
+@pytest.mark.parametrize("order, seed", [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)])
 @pytest.mark.parametrize("case", CORRECT_KERNELS)
 def test_correct_kernel(plain, case, order, seed, copy):
     settings = {"order": order, "seed": seed, "async": copy, "racecheck": 1, "count": 1}
@@ -317,9 +315,7 @@ def test_thread_sanitizer_is_silent(emulator_program, case, copy):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(
-    "case", ["missing_barrier", "missing_warp_barrier", "reused_buffer", "block_race"]
-)
+@pytest.mark.parametrize("case", ["missing_barrier", "missing_warp_barrier", "reused_buffer", "block_race"])
 def test_thread_sanitizer_finds(emulator_program, case):
     program = emulator_program("thread")
     done = run(program, case, bug=True)

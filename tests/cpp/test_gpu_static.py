@@ -56,9 +56,7 @@ def test_kernels_compile_without_spills(nvcc, tmp_path):
 def test_launchers_compile(nvcc, tmp_path):
     command = [nvcc, "-std=c++20", "-c", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-Xcompiler=-Wall"]
     command += ["-gencode", "arch=compute_80,code=sm_80", str(HERE / "emulator_kernels.cu")]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
 
 
@@ -146,9 +144,7 @@ def test_occupancy_against_cuda_header(nvcc, cxx, tmp_path):
         "}\n"
     )
     program = tmp_path / "occupancy"
-    subprocess.run(
-        [cxx, "-std=c++17", "-w", f"-I{include}", str(source), "-o", str(program)], check=True
-    )
+    subprocess.run([cxx, "-std=c++17", "-w", f"-I{include}", str(source), "-o", str(program)], check=True)
     text = "\n".join(" ".join(map(str, case)) for case in cases)
     done = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True)
     expected = [int(line) for line in done.stdout.split()]

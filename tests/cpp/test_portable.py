@@ -40,18 +40,14 @@ def assert_same(actual_bits, expected_bits, actual_nan, expected_nan):
 def test_half_to_float(library):
     actual = apply(library.half_to_float, all_patterns(), np.float32)
     expected = all_patterns().view(np.float16).astype(np.float32)
-    assert_same(
-        actual.view(np.uint32), expected.view(np.uint32), np.isnan(actual), np.isnan(expected)
-    )
+    assert_same(actual.view(np.uint32), expected.view(np.uint32), np.isnan(actual), np.isnan(expected))
 
 
 def test_bfloat16_to_float(library):
     torch = pytest.importorskip("torch")
     actual = apply(library.bfloat16_to_float, all_patterns(), np.float32)
     expected = torch.from_numpy(all_patterns().view(np.int16)).view(torch.bfloat16).float().numpy()
-    assert_same(
-        actual.view(np.uint32), expected.view(np.uint32), np.isnan(actual), np.isnan(expected)
-    )
+    assert_same(actual.view(np.uint32), expected.view(np.uint32), np.isnan(actual), np.isnan(expected))
 
 
 def rounding_cases(widen):
@@ -148,9 +144,7 @@ def test_uniform_is_in_range(library):
     np.testing.assert_array_equal(uniform, np.float32([2**-24, 2**-24, 2**-23, 1]))
     long_words = np.array([0, 2**32 - 1, 2**64 - 1], np.uint64)
     single, double = np.empty(3, np.float32), np.empty(3)
-    library.uniform_from_long_words(
-        pointer(long_words), pointer(single), pointer(double), ctypes.c_size_t(3)
-    )
+    library.uniform_from_long_words(pointer(long_words), pointer(single), pointer(double), ctypes.c_size_t(3))
     np.testing.assert_array_equal(single, np.float32([2**-24, 2**-24, 1]))
     assert double[0] == 2.0**-53 and double[2] == 1.0
 

@@ -41,7 +41,9 @@ def first_error(outputs, expected, bounds):
         out, want = out.double(), want.double()
         finite = want.isfinite()
         assert torch.equal(out.isnan(), want.isnan()), f"output {index}: NaN in other places"
-        assert torch.equal(out[~finite].nan_to_num(9.0), want[~finite].nan_to_num(9.0)), f"output {index}: Inf"
+        assert torch.equal(out[~finite].nan_to_num(9.0), want[~finite].nan_to_num(9.0)), (
+            f"output {index}: Inf"
+        )
         excess = (out - want).abs()[finite] - limit[finite]
         if excess.numel() and excess.max() > 0:
             return f"output {index} is off by {excess.max().item():.3g} more than allowed"
@@ -125,7 +127,10 @@ def test_gradient(table, sample, dtype):
     wide_args, wide_kwargs = widened((args, kwargs))
     grads = []
     upstream = None
-    for function, a, k in ((functions(table)[1], wide_args, wide_kwargs), (functions(table)[0], args, kwargs)):
+    for function, a, k in (
+        (functions(table)[1], wide_args, wide_kwargs),
+        (functions(table)[0], args, kwargs),
+    ):
         leaves = require_grad(table, a)
         out = outputs_of(table, function, a, k)
         flat = torch.cat([o.flatten() for o in out])
@@ -169,7 +174,9 @@ def test_gradient_for_each_subset_of_inputs(table):
 @pytest.mark.parametrize("table", TABLES.values(), ids=lambda t: t.op)
 def test_compile_fullgraph(table, dynamic):
     function = functions(table)[0]
-    compiled = torch.compile(lambda a, k: function(*a, **k), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        lambda a, k: function(*a, **k), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for sample in table.samples:
         torch._dynamo.reset()
         args, kwargs = sample.make(torch.float32)
@@ -212,7 +219,13 @@ def grown(op, size):
         return ([w], [w.clone()]), {}
     if op == "saliency_commit_":
         indptr = torch.arange(size + 1)
-        return (torch.zeros(size), torch.zeros(2, dtype=torch.int64), torch.randn(size), indptr, indptr[:-1]), {}
+        return (
+            torch.zeros(size),
+            torch.zeros(2, dtype=torch.int64),
+            torch.randn(size),
+            indptr,
+            indptr[:-1],
+        ), {}
     if op == "structured_zero_":
         return ([w], [alive], [None]), {}
     if op == "structured_gather":
@@ -234,7 +247,10 @@ def test_export_with_a_dynamic_size(table):
     args, _ = grown(table.op, 5)
     size = torch.export.Dim.AUTO
     spec = torch.utils._pytree.tree_map(
-        lambda t: dict.fromkeys(range(t.ndim), size) if isinstance(t, torch.Tensor) and t.numel() > 2 else None, args
+        lambda t: (
+            dict.fromkeys(range(t.ndim), size) if isinstance(t, torch.Tensor) and t.numel() > 2 else None
+        ),
+        args,
     )
     program = torch.export.export(Module(table), (cloned(args),), dynamic_shapes=(spec,))
     other, _ = grown(table.op, 9)

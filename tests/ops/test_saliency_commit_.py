@@ -66,16 +66,48 @@ TABLE = OpTable(
     ],
     bad_calls=[
         BadCall("not_a_tensor", TypeError, "`acc` must be a tensor, got list", changed(acc=[0.0])),
-        BadCall("acc_dtype", TypeError, "`acc` must have dtype float32, float64, got float16", changed(acc=torch.zeros(2).half())),
+        BadCall(
+            "acc_dtype",
+            TypeError,
+            "`acc` must have dtype float32, float64, got float16",
+            changed(acc=torch.zeros(2).half()),
+        ),
         BadCall("counts_dtype", TypeError, "`counts` must have dtype int64", changed(counts=torch.zeros(2))),
-        BadCall("counts_shape", ValueError, r"`counts` must have shape \[2\]", changed(counts=torch.zeros(3, dtype=torch.int64))),
-        BadCall("workspace_dtype", TypeError, "`workspace` must have dtype float32, got float64", changed(workspace=torch.ones(3).double())),
-        BadCall("indptr_size", ValueError, r"`indptr` must have shape \[3\]", changed(indptr=torch.tensor([0, 3]))),
-        BadCall("index_dtypes", TypeError, "`indices` must have dtype int64, got int32", changed(indices=torch.tensor([0, 1, 2], dtype=torch.int32))),
+        BadCall(
+            "counts_shape",
+            ValueError,
+            r"`counts` must have shape \[2\]",
+            changed(counts=torch.zeros(3, dtype=torch.int64)),
+        ),
+        BadCall(
+            "workspace_dtype",
+            TypeError,
+            "`workspace` must have dtype float32, got float64",
+            changed(workspace=torch.ones(3).double()),
+        ),
+        BadCall(
+            "indptr_size", ValueError, r"`indptr` must have shape \[3\]", changed(indptr=torch.tensor([0, 3]))
+        ),
+        BadCall(
+            "index_dtypes",
+            TypeError,
+            "`indices` must have dtype int64, got int32",
+            changed(indices=torch.tensor([0, 1, 2], dtype=torch.int32)),
+        ),
         BadCall("coeff_shape", ValueError, r"`coeff` must have shape \[2\]", changed(coeff=torch.ones(3))),
         BadCall("rank", ValueError, "`workspace` must have rank 1", changed(workspace=torch.ones(1, 3))),
-        BadCall("strided_acc", ValueError, "`acc` is written in place and must be contiguous", changed(acc=torch.zeros(4)[::2])),
-        BadCall("device", ValueError, "`workspace` must be on the device", changed(workspace=torch.ones(3, device="meta"))),
+        BadCall(
+            "strided_acc",
+            ValueError,
+            "`acc` is written in place and must be contiguous",
+            changed(acc=torch.zeros(4)[::2]),
+        ),
+        BadCall(
+            "device",
+            ValueError,
+            "`workspace` must be on the device",
+            changed(workspace=torch.ones(3, device="meta")),
+        ),
     ],
     bound=bound,
     dtypes=(torch.float32, torch.float64),
@@ -114,7 +146,13 @@ def test_a_square_that_overflows_is_a_spoilt_minibatch():
 
 @pytest.mark.parametrize(
     ("indptr", "indices"),
-    [([0, 1, 3], [0, 1, 3]), ([0, 1, 3], [0, -1, 2]), ([0, 2, 1], [0]), ([1, 1, 3], [0, 1, 2]), ([0, 1, 2], [0, 1, 2])],
+    [
+        ([0, 1, 3], [0, 1, 3]),
+        ([0, 1, 3], [0, -1, 2]),
+        ([0, 2, 1], [0]),
+        ([1, 1, 3], [0, 1, 2]),
+        ([0, 1, 2], [0, 1, 2]),
+    ],
 )
 def test_a_broken_index_never_reads_outside(indptr, indices):
     acc, counts = torch.zeros(2), torch.zeros(2, dtype=torch.int64)

@@ -60,17 +60,59 @@ TABLE = OpTable(
         Sample("mixed_dtypes", mixed),
     ],
     bad_calls=[
-        BadCall("not_a_list", TypeError, "`weights` must be a list", lambda: ((torch.ones(2), [torch.ones(2)]), {})),
-        BadCall("not_tensors", TypeError, r"`grads\[0\]` must be a tensor, got float", lambda: (([torch.ones(2)], [1.0]), {})),
-        BadCall("length", ValueError, "`grads` must have 1 entries, got 0", lambda: (([torch.ones(2)], []), {})),
-        BadCall("shape", ValueError, r"shape of `weights\[0\]` \[2\], got \[3\]", lambda: (([torch.ones(2)], [torch.ones(3)]), {})),
-        BadCall("integer", TypeError, "must have dtype float32", lambda: (([torch.ones(2, dtype=torch.int64)], [torch.ones(2)]), {})),
-        BadCall("mixed_double", TypeError, "float64 cannot be mixed", lambda: (([torch.ones(2).double()], [torch.ones(2)]), {})),
-        BadCall("scalar", ValueError, "must have rank 1 or more", lambda: (([torch.tensor(1.0)], [torch.tensor(1.0)]), {})),
+        BadCall(
+            "not_a_list",
+            TypeError,
+            "`weights` must be a list",
+            lambda: ((torch.ones(2), [torch.ones(2)]), {}),
+        ),
+        BadCall(
+            "not_tensors",
+            TypeError,
+            r"`grads\[0\]` must be a tensor, got float",
+            lambda: (([torch.ones(2)], [1.0]), {}),
+        ),
+        BadCall(
+            "length", ValueError, "`grads` must have 1 entries, got 0", lambda: (([torch.ones(2)], []), {})
+        ),
+        BadCall(
+            "shape",
+            ValueError,
+            r"shape of `weights\[0\]` \[2\], got \[3\]",
+            lambda: (([torch.ones(2)], [torch.ones(3)]), {}),
+        ),
+        BadCall(
+            "integer",
+            TypeError,
+            "must have dtype float32",
+            lambda: (([torch.ones(2, dtype=torch.int64)], [torch.ones(2)]), {}),
+        ),
+        BadCall(
+            "mixed_double",
+            TypeError,
+            "float64 cannot be mixed",
+            lambda: (([torch.ones(2).double()], [torch.ones(2)]), {}),
+        ),
+        BadCall(
+            "scalar",
+            ValueError,
+            "must have rank 1 or more",
+            lambda: (([torch.tensor(1.0)], [torch.tensor(1.0)]), {}),
+        ),
         BadCall("scale_size", ValueError, "`inv_scale` must have one element", one(inv_scale=torch.ones(2))),
         BadCall("scale_type", TypeError, "`inv_scale` must be a float32 tensor", one(inv_scale=1.0)),
-        BadCall("device", ValueError, r"`grads\[0\]` must be on the device of `weights\[0\]` \(cpu\), got meta", lambda: (([torch.ones(2)], [torch.ones(2, device="meta")]), {})),
-        BadCall("sparse", TypeError, "must be a strided tensor", lambda: (([torch.eye(2).to_sparse()], [torch.eye(2)]), {})),
+        BadCall(
+            "device",
+            ValueError,
+            r"`grads\[0\]` must be on the device of `weights\[0\]` \(cpu\), got meta",
+            lambda: (([torch.ones(2)], [torch.ones(2, device="meta")]), {}),
+        ),
+        BadCall(
+            "sparse",
+            TypeError,
+            "must be a strided tensor",
+            lambda: (([torch.eye(2).to_sparse()], [torch.eye(2)]), {}),
+        ),
     ],
     bound=bound,
     inputs=lambda args: [*args[0], *args[1]],
@@ -163,7 +205,9 @@ def test_any_shape_and_stride(rows, cols, layouts, dtype, absolute):
 def test_expanded_rows_need_no_copy():
     w = torch.randn(1, 9).expand(70, 9)
     g = torch.randn(70, 9)
-    torch.testing.assert_close(ops.saliency_rowcol([w], [g]), reference.saliency_rowcol([w], [g]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ops.saliency_rowcol([w], [g]), reference.saliency_rowcol([w], [g]), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.fixture
@@ -216,5 +260,7 @@ def test_every_instruction_set_gives_the_same_bits():
     seen = set()
     for capability in _C.supported_cpu_capabilities():
         env = {**os.environ, "PYVITFAST_CPU_CAPABILITY": capability}
-        seen.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout)
+        seen.add(
+            subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True).stdout
+        )
     assert len(seen) == 1

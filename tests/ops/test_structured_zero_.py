@@ -44,13 +44,40 @@ TABLE = OpTable(
     bad_calls=[
         BadCall("not_a_list", TypeError, "`tensors` must be a list", bad(torch.ones(2), [ALIVE], [None])),
         BadCall("length", ValueError, "`row_alive` must have 1 entries", bad([torch.ones(2)], [], [None])),
-        BadCall("mask_dtype", TypeError, r"`row_alive\[0\]` must have dtype bool, got float32", bad([torch.ones(2)], [torch.ones(2)], [None])),
-        BadCall("mask_size", ValueError, r"`row_alive\[0\]` must have shape \[3\]", bad([torch.ones(3, 2)], [ALIVE], [None])),
-        BadCall("col_mask_size", ValueError, r"`col_alive\[0\]` must have shape \[3\]", bad([torch.ones(2, 3)], [None], [ALIVE])),
-        BadCall("col_mask_of_a_convolution", ValueError, "must have rank 1 or 2 when `col_alive", bad([torch.ones(2, 3, 1, 1)], [None], [ALIVE])),
+        BadCall(
+            "mask_dtype",
+            TypeError,
+            r"`row_alive\[0\]` must have dtype bool, got float32",
+            bad([torch.ones(2)], [torch.ones(2)], [None]),
+        ),
+        BadCall(
+            "mask_size",
+            ValueError,
+            r"`row_alive\[0\]` must have shape \[3\]",
+            bad([torch.ones(3, 2)], [ALIVE], [None]),
+        ),
+        BadCall(
+            "col_mask_size",
+            ValueError,
+            r"`col_alive\[0\]` must have shape \[3\]",
+            bad([torch.ones(2, 3)], [None], [ALIVE]),
+        ),
+        BadCall(
+            "col_mask_of_a_convolution",
+            ValueError,
+            "must have rank 1 or 2 when `col_alive",
+            bad([torch.ones(2, 3, 1, 1)], [None], [ALIVE]),
+        ),
         BadCall("scalar", ValueError, "must have rank 1 or more", bad([torch.tensor(1.0)], [None], [None])),
-        BadCall("no_view", ValueError, "cannot be viewed as rows in place", bad([torch.ones(2, 3, 8)[:, :, ::2].transpose(1, 2)[:, ::3]], [ALIVE], [None])),
-        BadCall("device", ValueError, "must be on the device", bad([torch.ones(2)], [ALIVE.to("meta")], [None])),
+        BadCall(
+            "no_view",
+            ValueError,
+            "cannot be viewed as rows in place",
+            bad([torch.ones(2, 3, 8)[:, :, ::2].transpose(1, 2)[:, ::3]], [ALIVE], [None]),
+        ),
+        BadCall(
+            "device", ValueError, "must be on the device", bad([torch.ones(2)], [ALIVE.to("meta")], [None])
+        ),
     ],
     bound=lambda args, kwargs, expected, dtype: [torch.zeros_like(t, dtype=torch.float64) for t in expected],
     mutated=lambda args: args[0],
@@ -71,7 +98,8 @@ def test_nan_and_inf_in_dead_entries_go(dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128]
+    "dtype",
+    [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128],
 )
 def test_any_dtype(dtype):
     w = torch.ones(5, 6, dtype=dtype)
