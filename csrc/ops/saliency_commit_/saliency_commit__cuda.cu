@@ -69,7 +69,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kCommitThreads, 2)
 
 template <typename T, typename I>
 LaunchStatus run(const SaliencyCommitParams& p, Stream stream) {
-    const Dim3 grid{static_cast<unsigned>(commit_blocks(p.units > p.size ? p.units : p.size)), 1, 1};
+    const Dim3 grid{static_cast<unsigned>(commit_blocks(p.units > p.size ? p.units : p.size)), 1,
+                    1};
     const Dim3 block{kCommitThreads, 1, 1};
     const LaunchStatus error = launch(saliency_square_kernel<T, I>, grid, block, 0, stream, p);
     if (error != kLaunchOk) {
