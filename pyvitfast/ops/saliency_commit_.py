@@ -67,8 +67,9 @@ def saliency_commit_(
     r"""Add the squared saliency of each structural unit to ``acc``, unless the minibatch is not finite.
 
     :math:`s_u = c_u \sum_k \text{workspace}[\text{indices}_k]` for k from :math:`\text{indptr}_u` up to
-    :math:`\text{indptr}_{u+1}`, then :math:`\text{acc}_u \mathrel{+}= s_u^2`. If any workspace entry or any square is NaN or Inf the whole
-    minibatch is left out: ``acc`` stays as it is and ``counts[1]`` grows by one instead of ``counts[0]``.
+    :math:`\text{indptr}_{u+1}`, then :math:`\text{acc}_u \mathrel{+}= s_u^2`. If any workspace entry or any
+    square is NaN or Inf the whole minibatch is left out: ``acc`` stays as it is and ``counts[1]`` grows by
+    one instead of ``counts[0]``.
 
     Args:
         acc: float32 or float64 [U], written in place.
