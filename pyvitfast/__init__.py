@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -18,7 +19,6 @@ __all__ = ["__version__", "load", "models", "ops", "prune", "reference", "report
 
 
 def __getattr__(name: str) -> Any:
-    # timm is imported only by what needs it, so the ops also work beside a torch that timm cannot use.
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name in _SUBPACKAGES:
@@ -31,3 +31,7 @@ def __dir__() -> list[str]:
 
 
 importlib.import_module("pyvitfast.ops")
+# Registers our models with timm. Beside a torch that timm or torchvision cannot use (ImportError, or
+# RuntimeError from torchvision's own ops) the compiled ops still work; what needs timm says so when used.
+with contextlib.suppress(ImportError, RuntimeError):
+    importlib.import_module("pyvitfast.models")

@@ -120,7 +120,7 @@ MAY_IMPORT = {
     "report": {"report", "models", "info", "_version"},
     "cli": {"train", "report", "prune", "models", "info", "_version", "ops"},
     "__main__": {"cli"},
-    "__init__": {"_version", "ops"},
+    "__init__": {"_version", "ops", "models"},
 }
 
 
@@ -173,3 +173,11 @@ def test_support_table_of_the_readme_is_the_dispatchers():
 
     table = runpy.run_path(str(ROOT / "tools/support_table.py"))["table"]()
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_import_registers_the_models_with_timm():
+    import subprocess
+    import sys
+
+    script = "import pyvitfast, timm; timm.create_model('vit_micro_patch2_8')"
+    subprocess.run([sys.executable, "-c", script], check=True)
