@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -105,7 +106,27 @@ inline const Tensor* at(const TensorList& tensors, int64_t place) {
     return place < 0 ? nullptr : &tensors[static_cast<size_t>(place)];
 }
 
-#if !PVF_CPU_KERNELS
+#if PVF_CPU_KERNELS
+
+// The rows of all entries shared out over torch's threads: f(entry, first row, past the last).
+template <typename Entry, typename F>
+void parallel_rows(const std::vector<Entry>& entries, int64_t Entry::* rows, const F& f) {
+    std::vector<int64_t> row_begin{0};
+    for (const auto& entry : entries) {
+        row_begin.push_back(row_begin.back() + entry.*rows);
+    }
+    constexpr int64_t kGrain = 64;
+    torch::stable::parallel_for(0, row_begin.back(), kGrain, [&](int64_t begin, int64_t end) {
+        const auto first = std::upper_bound(row_begin.begin(), row_begin.end(), begin);
+        for (size_t i = static_cast<size_t>(first - row_begin.begin() - 1);
+             i < entries.size() && row_begin[i] < end; ++i) {
+            f(i, std::max(begin, row_begin[i]) - row_begin[i],
+              std::min(end, row_begin[i + 1]) - row_begin[i]);
+        }
+    });
+}
+
+#else
 
 // The device of the first tensor made current, and its stream, for the time of a launch.
 class LaunchScope {

@@ -61,24 +61,6 @@ void lay_down(GatherTensor& t) {
 
 #if PVF_CPU_KERNELS
 
-template <typename F>
-void for_each_row(const std::vector<GatherTensor>& entries, int64_t GatherTensor::* rows,
-                  const F& f) {
-    std::vector<int64_t> row_begin{0};
-    for (const auto& entry : entries) {
-        row_begin.push_back(row_begin.back() + entry.*rows);
-    }
-    constexpr int64_t kGrain = 64;
-    torch::stable::parallel_for(0, row_begin.back(), kGrain, [&](int64_t begin, int64_t end) {
-        size_t i = static_cast<size_t>(std::upper_bound(row_begin.begin(), row_begin.end(), begin) -
-                                       row_begin.begin() - 1);
-        for (; i < entries.size() && row_begin[i] < end; ++i) {
-            f(i, std::max(begin, row_begin[i]) - row_begin[i],
-              std::min(end, row_begin[i + 1]) - row_begin[i]);
-        }
-    });
-}
-
 // The kept columns as runs where copying runs beats picking elements; empty otherwise.
 std::vector<KeptRun> kept_runs(const GatherTensor& t) {
     std::vector<KeptRun> runs;
@@ -117,14 +99,14 @@ void run(const std::vector<GatherTensor>& entries, const TensorList&) {
             kName, ": an index lies outside a tensor of ", entry.in_rows, " x ", entry.in_cols);
         runs.push_back(kept_runs(entry));
     }
-    for_each_row(entries, &GatherTensor::out_rows, [&](size_t i, int64_t begin, int64_t end) {
+    parallel_rows(entries, &GatherTensor::out_rows, [&](size_t i, int64_t begin, int64_t end) {
         kernels.rows(entries[i], runs[i].data(), static_cast<int64_t>(runs[i].size()), begin, end);
     });
 }
 
 void run_backward(const std::vector<GatherTensor>& entries, const TensorList&) {
     const auto& kernels = PVF_CPU_KERNELS_OF(structured_gather_cpu);
-    for_each_row(entries, &GatherTensor::in_rows, [&](size_t i, int64_t begin, int64_t end) {
+    parallel_rows(entries, &GatherTensor::in_rows, [&](size_t i, int64_t begin, int64_t end) {
         kernels.backward(entries[i], begin, end);
     });
 }

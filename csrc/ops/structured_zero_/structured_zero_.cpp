@@ -80,21 +80,11 @@ std::vector<DeadRun> dead_runs(const bool* alive, int64_t size) {
 void run(const std::vector<ZeroTensor>& entries, const TensorList&) {
     const auto& kernels = PVF_CPU_KERNELS_OF(structured_zero_cpu);
     std::vector<std::vector<DeadRun>> runs;
-    std::vector<int64_t> row_begin{0};
     for (const auto& entry : entries) {
         runs.push_back(dead_runs(entry.col_alive, entry.cols));
-        row_begin.push_back(row_begin.back() + entry.rows);
     }
-    constexpr int64_t kGrain = 256;
-    torch::stable::parallel_for(0, row_begin.back(), kGrain, [&](int64_t begin, int64_t end) {
-        size_t i = static_cast<size_t>(std::upper_bound(row_begin.begin(), row_begin.end(), begin) -
-                                       row_begin.begin() - 1);
-        for (; i < entries.size() && row_begin[i] < end; ++i) {
-            const int64_t first = std::max(begin, row_begin[i]) - row_begin[i];
-            const int64_t last = std::min(end, row_begin[i + 1]) - row_begin[i];
-            kernels.rows(entries[i], runs[i].data(), static_cast<int64_t>(runs[i].size()), first,
-                         last);
-        }
+    parallel_rows(entries, &ZeroTensor::rows, [&](size_t i, int64_t begin, int64_t end) {
+        kernels.rows(entries[i], runs[i].data(), static_cast<int64_t>(runs[i].size()), begin, end);
     });
 }
 
