@@ -221,11 +221,17 @@ def examine(
         bounds = launch_bounds(cubin.read_bytes())
         instructions = None
         if cuobjdump is not None:
-            instructions = count_instructions(
-                subprocess.run(
-                    [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-                ).stdout
+            # cuobjdump calls nvdisasm, which is a package of its own.
+            path = f"{Path(cuobjdump).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            dump = subprocess.run(
+                [cuobjdump, "-sass", str(cubin)],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PATH": path},
             )
+            if dump.returncode != 0:
+                raise SystemExit(f"{cuobjdump} -sass {cubin}\n{dump.stdout}{dump.stderr}")
+            instructions = count_instructions(dump.stdout)
     names = demangle(list(usage))
     kernels = []
     for mangled, resources in usage.items():
