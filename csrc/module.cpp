@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "build_info.h"
 #include "cpu_capability.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
@@ -83,6 +84,9 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "What was built and what this processor can run.";
+    m.def(
+        "build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); },
+        "Versions, compiler, architectures and libraries of this build, as in _build_info.json.");
     m.def(
         "cpu_capability",
         [] { return pyvitfast::cpu_capability_name(pyvitfast::cpu_capability()); },

@@ -355,3 +355,12 @@ def test_no_weak_symbols_in_wider_instruction_sets(tmp_path):
             weak = [line for line in listed.splitlines() if re.match(r"[0-9a-f]* [WVu] ", line)]
             assert not weak, (path, weak)
             assert f"::{capability}::" in listed
+
+
+def test_build_info_of_the_module_is_the_file_beside_it():
+    binary = _lib.find_binary("_C")
+    if binary is None:
+        pytest.skip("_C is not installed")
+    from pyvitfast import _C
+
+    assert _C.build_info() == _lib.read_build_info(binary)
