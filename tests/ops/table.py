@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,7 +59,6 @@ class OpTable:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     mutated: Callable[[tuple[Any, ...]], list[Tensor]] | None = None
     inputs: Callable[[tuple[Any, ...]], list[Tensor]] | None = None
-    kernels: tuple[str, ...] = field(default=())
 
 
 def outputs_of(table: OpTable, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:

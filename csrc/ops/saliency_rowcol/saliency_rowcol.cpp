@@ -166,24 +166,17 @@ void run_backward(Inputs& in, const std::optional<Tensor>& inv_scale, bool absol
 // Splits the matrices over as many launches as the parameter table needs: one, for any common
 // model.
 template <typename F>
-void launch_all(Inputs& in, const std::optional<Tensor>& inv_scale, bool absolute,
-                const Tensor& sums, const F& launch) {
+void launch_all(const Inputs& in, const std::optional<Tensor>& inv_scale, bool absolute,
+                const Tensor& sums, void* partials, int32_t* tickets, const F& launch) {
     LaunchScope scope(sums);
-    int64_t partials_size = 0;
-    for (auto& matrix : in.matrices) {
-        matrix.partials_offset = partials_size;
-        partials_size += saliency_partial_count(matrix.rows, matrix.cols);
-    }
-    const Tensor partials = empty(sums, {partials_size}, sums_dtype(in));
-    const Tensor tickets = zeros(sums, {static_cast<int64_t>(in.matrices.size())}, DType::Int);
     for (size_t first = 0; first < in.matrices.size(); first += kMaxSaliencyMatrices) {
         SaliencyRowcolParams params{};
         const size_t last = std::min(first + kMaxSaliencyMatrices, in.matrices.size());
         params.count = static_cast<int32_t>(last - first);
         params.absolute = absolute;
         params.sums = sums.data_ptr();
-        params.partials = partials.data_ptr();
-        params.tickets = static_cast<int32_t*>(tickets.data_ptr()) + first;
+        params.partials = partials;
+        params.tickets = tickets == nullptr ? nullptr : tickets + first;
         params.inv_scale = inv_scale ? static_cast<const float*>(inv_scale->data_ptr()) : nullptr;
         for (size_t i = first; i < last; ++i) {
             auto& matrix = params.matrices[i - first];
@@ -199,12 +192,20 @@ void launch_all(Inputs& in, const std::optional<Tensor>& inv_scale, bool absolut
 }
 
 void run(Inputs& in, const std::optional<Tensor>& inv_scale, bool absolute, Tensor& sums) {
-    launch_all(in, inv_scale, absolute, sums, saliency_rowcol_cuda);
+    int64_t partials_size = 0;
+    for (auto& matrix : in.matrices) {
+        matrix.partials_offset = partials_size;
+        partials_size += saliency_partial_count(matrix.rows, matrix.cols);
+    }
+    const Tensor partials = empty(sums, {partials_size}, sums_dtype(in));
+    const Tensor tickets = zeros(sums, {static_cast<int64_t>(in.matrices.size())}, DType::Int);
+    launch_all(in, inv_scale, absolute, sums, partials.data_ptr(),
+               static_cast<int32_t*>(tickets.data_ptr()), saliency_rowcol_cuda);
 }
 
 void run_backward(Inputs& in, const std::optional<Tensor>& inv_scale, bool absolute,
                   const Tensor& sums) {
-    launch_all(in, inv_scale, absolute, sums, saliency_rowcol_backward_cuda);
+    launch_all(in, inv_scale, absolute, sums, nullptr, nullptr, saliency_rowcol_backward_cuda);
 }
 
 #endif

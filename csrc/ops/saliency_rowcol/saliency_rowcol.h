@@ -37,8 +37,8 @@ struct SaliencyRowcolParams {
     int32_t absolute;
     int64_t tiles;
     void* sums;              // float or double: result, or its gradient in backward
-    void* partials;          // float or double, see partial_count
-    int32_t* tickets;        // one zero a matrix
+    void* partials;          // float or double, see saliency_partial_count; forward only
+    int32_t* tickets;        // one zero a matrix; forward only
     const float* inv_scale;  // null: 1
 };
 
