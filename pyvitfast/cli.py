@@ -247,9 +247,9 @@ def summary(
     debug: Debug = False,
 ) -> None:
     """Print parameters, MACs and block widths of a model."""
+    from pyvitfast.models.checkpoint import write_atomically
     from pyvitfast.models.summary import summary as summarize
     from pyvitfast.train import model as models
-    from pyvitfast.train.folder import write_atomically
     from pyvitfast.train.settings import DIGITS
 
     name = model or DIGITS["model"]

@@ -81,7 +81,8 @@ def _check_suffix(function: str, path: Path) -> None:
         )
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is whole or not there; an existing one stays until the new one is."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -145,7 +146,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header["sha256"] = _digest(tensors)
     data = safetensors_torch.save(tensors, {_KEY: json.dumps(header)})
     try:
-        _write_atomically(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise type(error)(
             error.errno,

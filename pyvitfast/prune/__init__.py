@@ -2,11 +2,13 @@
 
 from pyvitfast.prune.config import NViTConfig
 from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
+from pyvitfast.prune.latency import LatencyTable
 from pyvitfast.prune.nvit import NViTPruner
 from pyvitfast.prune.structure import Structure, UnitTable, group_size
 
 __all__ = [
     "Cost",
+    "LatencyTable",
     "MacsCost",
     "NViTConfig",
     "NViTPruner",

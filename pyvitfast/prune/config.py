@@ -40,6 +40,8 @@ class NViTConfig:
             two times.
         score_after_update: multiply gradients with the weights after the optimizer's update, not before.
         eta: weight of the cost a unit saves, as a fraction of the starting cost, subtracted from its score.
+        cost_rule: ``"subtract"`` ``eta`` times the saved cost from a group's score, as the paper, or
+            ``"divide"`` the score by the saved cost; then ``eta`` must be 0.
         batch_ref: global batch size that ``eta`` belongs to.
         batch_size: your global batch size; ``eta`` is multiplied by ``batch_ref / batch_size``, because
             scores shrink with the batch. None leaves ``eta`` as it is.
@@ -64,6 +66,7 @@ class NViTConfig:
     schedule: Literal["constant", "nvit_repo"] = "constant"
     score_after_update: bool = False
     eta: float = 0.0
+    cost_rule: Literal["subtract", "divide"] = "subtract"
     batch_ref: int = 512
     batch_size: int | None = None
 
@@ -91,6 +94,18 @@ class NViTConfig:
             "schedule",
             self.schedule,
             self.schedule in ("constant", "nvit_repo"),
+        )
+        _check(
+            "subtract or divide",
+            "cost_rule",
+            self.cost_rule,
+            self.cost_rule in ("subtract", "divide"),
+        )
+        _check(
+            "0 with cost_rule='divide'",
+            "eta",
+            self.eta,
+            self.eta == 0 or self.cost_rule == "subtract",
         )
         for name in ("interval", "groups_per_step", "batch_ref"):
             value = getattr(self, name)

@@ -15,6 +15,7 @@ from pyvitfast.models.vision_transformer import ViTDims
 from pyvitfast.prune.compaction import compact_model
 from pyvitfast.prune.config import NViTConfig
 from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
+from pyvitfast.prune.latency import LatencyTable
 from pyvitfast.prune.structure import Structure, UnitTable
 
 
@@ -38,8 +39,8 @@ class NViTPruner:
             inside ``torch.compile`` or DistributedDataParallel or not. Its weights are masked in place.
         target: fraction of the budget to reach, in (0, 1).
         budget: ``"macs"``, ``"params"`` or ``"latency"``.
-        latency: a latency table, any object with ``query(dims)`` and ``delta(dims)``; needed for
-            ``budget="latency"`` and used as the cost of the ``eta`` term when given.
+        latency: a :class:`LatencyTable`, or any object with ``query(dims)`` and ``delta(dims)``; needed for
+            ``budget="latency"`` and, when given, the cost that ``eta`` and ``cost_rule`` look at.
         interval: optimizer steps between two removals.
         preset: ``"paper"`` or ``"nvit_repo"``; see :meth:`NViTConfig.preset`.
         config: all settings at once, instead of ``target``, ``budget``, ``interval``, ``preset`` and
@@ -48,8 +49,9 @@ class NViTPruner:
 
     Raises:
         TypeError: the model is not a Vision Transformer.
-        NotImplementedError: it has a part that cannot be pruned (named), or there is no latency table.
-        ValueError: a setting out of range, or a target below what can be reached.
+        NotImplementedError: it has a part that cannot be pruned (named).
+        ValueError: a setting out of range, a target below what can be reached, no latency table for
+            ``budget="latency"``, or one of another model family.
 
     Source:
         NViT (Yang et al., CVPR 2023), section 3, eq. 6-7. We depart where docs/methods/prune.md says so.
@@ -85,6 +87,8 @@ class NViTPruner:
         architecture = ViTConfig.from_model(self.model)
         self.table = UnitTable(architecture, dict(self.config.group_sizes or {}))
         self._macs, self._params = MacsCost(architecture), ParamsCost(architecture)
+        if isinstance(latency, LatencyTable):
+            latency.check(architecture)
         self._budget, self._saving = self._costs(latency)
         self._dense = architecture.dims
         floor = self._fraction(self._budget, self.table.floor())
@@ -122,9 +126,9 @@ class NViTPruner:
             )
         if self.config.budget == "latency":
             if latency is None:
-                raise NotImplementedError(
-                    "NViTPruner: `budget`: 'latency' comes with the latency table: pass `latency`, an object "
-                    "with query(dims) and delta(dims), or use budget='macs' or 'params'."
+                raise ValueError(
+                    "NViTPruner: `latency` must be a latency table with budget='latency', got None. Pass "
+                    "LatencyTable.measure(model, device, batch_size), or use budget='macs' or 'params'."
                 )
             return latency, latency
         budget = self._macs if self.config.budget == "macs" else self._params
@@ -369,7 +373,7 @@ class NViTPruner:
                     f"got {list(scores.shape)}."
                 )
             values = scores.detach().double().cpu()
-        values = values - self._cost_term()
+        values = self._weighed(values)
         groups = self.config.groups_per_step
         if self.config.schedule == "nvit_repo" and len(self.history) < 2:
             groups = max(1, groups // 2)
@@ -406,15 +410,26 @@ class NViTPruner:
         )
         return self.history[-1]
 
-    def _cost_term(self) -> Tensor:
-        term = torch.zeros(self.table.count, dtype=torch.float64)
-        if self.config.eta:
-            eta = self.config.eta * self.config.batch_ref / (self.config.batch_size or self.config.batch_ref)
-            whole = self._saving.query(self._dense)
-            for s, saved in zip(self.structures, self._saving.delta(self.dims), strict=True):
-                # A timed table can say that a unit costs less than nothing; that is noise, not a reward.
-                term[s.start : s.stop] = eta * max(0.0, saved) / whole
-        return term
+    def _weighed(self, values: Tensor) -> Tensor:
+        """Scores [U] with what the units would save taken into account."""
+        divide = self.config.cost_rule == "divide"
+        if not divide and not self.config.eta:
+            return values
+        values = values.clone()
+        eta = self.config.eta * self.config.batch_ref / (self.config.batch_size or self.config.batch_ref)
+        whole = self._saving.query(self._dense)
+        for s, saved in zip(self.structures, self._saving.delta(self.dims), strict=True):
+            # A timed table can say that a unit costs less than nothing; that is noise, not a reward.
+            share = max(0.0, saved) / whole
+            part = values[s.start : s.stop]
+            if not divide:
+                part -= eta * share
+            elif share > 0:
+                # The scores of a group are added up, so its cost is that of all its units.
+                part /= share * s.group_size
+            else:
+                part.fill_(float("inf"))
+        return values
 
     def _close_interval(self, used: bool) -> None:
         if used:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from pyvitfast.models.checkpoint import load, save
+from pyvitfast.models.checkpoint import load, save, write_atomically
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.settings import Settings
 
@@ -212,19 +212,6 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

@@ -21,12 +21,12 @@ from rich.console import Console
 from torch import nn
 
 from pyvitfast._version import __version__
-from pyvitfast.models.checkpoint import load
+from pyvitfast.models.checkpoint import load, write_atomically
 from pyvitfast.prune import NViTPruner
 from pyvitfast.train import model as models
 from pyvitfast.train.data import Data, check_batch_size, open_data
 from pyvitfast.train.errors import UserError
-from pyvitfast.train.folder import DENSE, MODEL, RunFolder, Snapshot, write_atomically
+from pyvitfast.train.folder import DENSE, MODEL, RunFolder, Snapshot
 from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
 from pyvitfast.train.progress import Reporter
 from pyvitfast.train.settings import Settings

@@ -512,7 +512,7 @@ class TestErrors:
             NViTConfig.from_dict({"traget": 0.5})
 
     def test_latency_needs_a_table(self, micro):
-        with pytest.raises(NotImplementedError, match="latency table"):
+        with pytest.raises(ValueError, match="must be a latency table"):
             NViTPruner(micro(), budget="latency")
         with pytest.raises(TypeError, match=r"query\(dims\)"):
             NViTPruner(micro(), budget="latency", latency=3.0)
