@@ -52,7 +52,16 @@ Workers = Annotated[int | None, typer.Option(help="Loader processes of each rank
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Target = Annotated[float | None, typer.Option(help="Fraction of the budget that is left after pruning.")]
-Budget = Annotated[str | None, typer.Option(help="What the target counts: macs or params.")]
+Budget = Annotated[str | None, typer.Option(help="What the target counts: macs, params or latency.")]
+LatencyFile = Annotated[
+    str | None, typer.Option(metavar="FILE.json", help="Latency table to use.  [default: measure one]")
+]
+LatencyBatch = Annotated[int | None, typer.Option(help="Images in a forward pass of that measurement.")]
+Eta = Annotated[float | None, typer.Option(help="Weight of the saved cost, subtracted from scores.")]
+CostRule = Annotated[str | None, typer.Option(help="subtract the saved cost, or divide by it.")]
+KlWeight = Annotated[float | None, typer.Option(help="Weight of the divergence from the dense model.")]
+KlTemperature = Annotated[float | None, typer.Option(help="Temperature of that divergence.")]
+CnnTeacher = Annotated[str | None, typer.Option(help="Network whose most likely class is learnt too.")]
 Interval = Annotated[int | None, typer.Option(help="Optimizer updates between two removals.")]
 GroupsPerStep = Annotated[int | None, typer.Option(help="Groups in a removal.")]
 Preset = Annotated[str | None, typer.Option(help="paper or nvit_repo.")]
@@ -130,8 +139,17 @@ def _report(outcome: Any) -> None:
         before = Subject(outcome.dense, folder / DENSE, **asdict(outcome.dense_accuracy))
     settings = outcome.settings
     title = f"pyvitfast {outcome.verb}: {settings.model} on {settings.data}"
+    batches = {1, 32} | ({settings.latency_batch_size} if settings.budget == "latency" else set())
     page = write_report(
-        folder, title, after, before, outcome.events, settings.to_dict(), outcome.device, console
+        folder,
+        title,
+        after,
+        before,
+        outcome.events,
+        settings.to_dict(),
+        outcome.device,
+        console,
+        sorted(batches),
     )
     console.print(f"Model: {folder / MODEL}\nReport: {page}", highlight=False, soft_wrap=True)
 
@@ -179,6 +197,10 @@ def prune(
     out: Out = None,
     target: Target = None,
     budget: Budget = None,
+    latency_table: LatencyFile = None,
+    latency_batch_size: LatencyBatch = None,
+    eta: Eta = None,
+    cost_rule: CostRule = None,
     interval: Interval = None,
     groups_per_step: GroupsPerStep = None,
     preset: Preset = None,
@@ -186,6 +208,9 @@ def prune(
     prune_lr: PruneLr = None,
     finetune_epochs: FinetuneEpochs = None,
     finetune_lr: FinetuneLr = None,
+    kl_weight: KlWeight = None,
+    kl_temperature: KlTemperature = None,
+    cnn_teacher: CnnTeacher = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
     opt: Opt = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,9 @@ class Row:
 
 
 @torch.inference_mode()
-def latencies(models: list[nn.Module], device: str, seconds: float = 1.0) -> list[dict[int, float]]:
+def latencies(
+    models: list[nn.Module], device: str, batches: Sequence[int] = BATCHES, seconds: float = 1.0
+) -> list[dict[int, float]]:
     """Median forward time in milliseconds, by model and batch size.
 
     The models take turns within each repeat, so a busy machine slows all of them alike.
@@ -53,6 +56,7 @@ def latencies(models: list[nn.Module], device: str, seconds: float = 1.0) -> lis
     Args:
         models: in eval mode.
         device: where to time them; they are moved there and back.
+        batches: batch sizes to time.
         seconds: time to spend on each batch size.
     """
     results: list[dict[int, float]] = [{} for _ in models]
@@ -60,7 +64,7 @@ def latencies(models: list[nn.Module], device: str, seconds: float = 1.0) -> lis
     for model in models:
         model.to(device)
     try:
-        for batch in BATCHES:
+        for batch in batches:
             inputs = [torch.zeros(batch, *summary(model).input_size, device=device) for model in models]
             for _ in range(2):  # the first passes fill caches and choose kernels
                 rough = sum(_once(model, x) for model, x in zip(models, inputs))
@@ -83,10 +87,14 @@ def _once(model: nn.Module, images: torch.Tensor) -> float:
 
 
 def measure(
-    models: list[nn.Module], files: list[Path], accuracies: list[tuple[float, float]], device: str
+    models: list[nn.Module],
+    files: list[Path],
+    accuracies: list[tuple[float, float]],
+    device: str,
+    batches: Sequence[int] = BATCHES,
 ) -> list[Facts]:
     """Facts of ``models``, stored in ``files``, with top-1 and class-mean ``accuracies``."""
-    timed = latencies(models, device)
+    timed = latencies(models, device, batches)
     return [
         Facts(summary(model), latency, file.stat().st_size, *accuracy)
         for model, latency, file, accuracy in zip(models, timed, files, accuracies)
@@ -114,7 +122,7 @@ def table(before: Facts | None, after: Facts) -> list[Row]:
         smaller("Parameters", before.summary.params if before else None, after.summary.params, ",", ""),
         smaller("MACs per image", before.summary.macs if before else None, after.summary.macs, ",", ""),
     ]
-    for batch in BATCHES:
+    for batch in after.latency:
         label = f"Latency, batch {batch}"
         rows.append(
             smaller(label, before.latency[batch] if before else None, after.latency[batch], ".3f", "ms")

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pyvitfast.models.summary import ModelSummary
-from pyvitfast.report.measure import BATCHES, Facts
+from pyvitfast.report.measure import Facts
 
 BEFORE, AFTER, MARK = "#b6bec8", "#2563a8", "#d1495b"
 _STAGES = {"train": "#64748b", "prune": "#d1495b", "finetune": "#2563a8"}
@@ -42,9 +42,14 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def remaining(path: Path, before: Facts, after: Facts) -> None:
     """Bars: what is left of parameters, MACs, latencies and size, in percent of before."""
-    labels = ["Parameters", "MACs", *(f"Latency, batch {b}" for b in BATCHES), "Size on disk"]
-    old = [before.summary.params, before.summary.macs, *(before.latency[b] for b in BATCHES), before.size]
-    new = [after.summary.params, after.summary.macs, *(after.latency[b] for b in BATCHES), after.size]
+    labels = ["Parameters", "MACs", *(f"Latency, batch {b}" for b in after.latency), "Size on disk"]
+    old = [
+        before.summary.params,
+        before.summary.macs,
+        *(before.latency[b] for b in after.latency),
+        before.size,
+    ]
+    new = [after.summary.params, after.summary.macs, *(after.latency[b] for b in after.latency), after.size]
     shares = [100 * n / o for n, o in zip(new, old)]
     with _figure(path, 7.2, 3.0) as figure:
         axes = figure.subplots()

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from pyvitfast.report import plots
-from pyvitfast.report.measure import Facts, Row, measure, table
+from pyvitfast.report.measure import BATCHES, Facts, Row, measure, table
 from pyvitfast.report.page import page
 
 
@@ -37,6 +37,7 @@ def write_report(
     settings: Mapping[str, Any],
     device: str,
     console: Console,
+    batches: Sequence[int] = BATCHES,
 ) -> Path:
     """Measure, print the table, write ``report.html`` and the PNG files.
 
@@ -49,6 +50,7 @@ def write_report(
         settings: the run's settings.
         device: where latency is measured.
         console: where the table is printed.
+        batches: batch sizes whose latency is measured.
 
     Returns:
         Path of the page.
@@ -59,6 +61,7 @@ def write_report(
         [s.file for s in subjects],
         [(s.top1, s.class_mean) for s in subjects],
         device,
+        batches,
     )
     old: Facts | None = facts[0] if before is not None else None
     new = facts[-1]

@@ -18,6 +18,7 @@ import timm.scheduler
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -28,6 +29,7 @@ from pyvitfast.train.folder import RunFolder
 from pyvitfast.train.progress import Reporter
 from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
+from pyvitfast.train.teachers import Teachers
 
 STAGES = ("train", "prune", "finetune")
 
@@ -40,11 +42,13 @@ class Stage:
         name: one of :data:`STAGES`.
         lr: peak learning rate.
         epochs: number of epochs; None goes on until the pruner is done, at a constant learning rate.
+        noise: let dropout and drop path act; with a pruner they act until its first removal in any case.
     """
 
     name: str
     lr: float
     epochs: int | None
+    noise: bool = True
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class Loop:
         model: nn.Module,
         pruner: NViTPruner | None = None,
         state: dict[str, Any] | None = None,
+        teachers: Teachers | None = None,
     ) -> Accuracy:
         """Train ``model`` through ``stage``.
 
@@ -187,6 +192,8 @@ class Loop:
             model: on the CPU or the run's device; trained in place.
             pruner: steps the optimizer and ends the stage.
             state: of a checkpoint inside this stage, to go on from.
+            teachers: whom to learn from besides the labels; with a pruner, from the dense model only once
+                something is removed.
 
         Returns:
             Test accuracy at the end of the stage.
@@ -208,7 +215,9 @@ class Loop:
                 accelerator.scaler.load_state_dict(state["scaler"])
             progress = _Progress(**state["progress"])
             self._check_world(state)
-        running = _Running(stage, wrapped, model, optimizer, scheduler, pruner, progress)
+        if teachers is not None:
+            teachers.attach(model, True)
+        running = _Running(stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress)
         if state is None:
             self._save(running)
         accuracy: Accuracy | None = None
@@ -217,6 +226,8 @@ class Loop:
                 break
             accuracy = self._epoch(running, epoch, state)
             state = None
+        if teachers is not None:
+            teachers.attach(model, False)
         accuracy = accuracy or evaluate(model, self.data, s, accelerator)
         # Takes accelerate's autocast wrapper off the model's forward, so the next stage can put its own on.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -235,7 +246,7 @@ class Loop:
             set_random_state(state["random"][accelerator.process_index])
         else:
             seed_process(*entropy, accelerator.process_index)
-        running.wrapped.train()
+        running.train()
         try:
             for loss in self._steps(running):
                 loss_sum += loss
@@ -275,7 +286,7 @@ class Loop:
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)
-                loss = self._loss(running.wrapped(images), labels)
+                loss = self._objective(running, images, labels)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     self._update(running)
@@ -283,6 +294,16 @@ class Loop:
                     if pruner is None or not pruner.done:
                         optimizer.zero_grad()
             yield loss.detach()
+
+    def _objective(self, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
+        output, teachers = running.wrapped(images), running.teachers
+        if teachers is None:
+            loss: Tensor = self._loss(output, labels)
+            return loss
+        with self.accelerator.autocast():
+            dense, cnn = teachers.soft(images, dense=running.pruned)
+        found: Tensor = teachers.loss(output, labels, dense=dense, cnn=cnn)
+        return found
 
     def _update(self, running: _Running) -> None:
         pruner, optimizer, clip = running.pruner, running.optimizer, self.settings.clip_grad
@@ -303,6 +324,7 @@ class Loop:
                 self.accelerator.clip_grad_norm_(running.wrapped.parameters(), clip)
             optimizer.step()
         if report is not None:
+            running.train()
             shares = {key: report[key] for key in ("budget", "macs", "params")}
             self.folder.log("prune", updates=running.progress.updates + 1, **shares, dims=report["dims"])
 
@@ -320,9 +342,13 @@ class Loop:
         }
         left = ""
         if running.pruner is not None:
-            latest = running.pruner.history[-1] if running.pruner.history else {"macs": 1.0, "params": 1.0}
+            history = running.pruner.history
+            latest = history[-1] if history else {"macs": 1.0, "params": 1.0, "budget": 1.0}
             values |= {"macs": latest["macs"], "params": latest["params"]}
             left = f"  MACs {100 * latest['macs']:.1f} %  params {100 * latest['params']:.1f} %"
+            if self.settings.budget == "latency":
+                values["latency"] = latest["budget"]
+                left += f"  latency {100 * latest['budget']:.1f} %"
         self.folder.log("epoch", **values, seconds=round(seconds, 3))
         self.reporter.say(f"{title}: loss {loss:.4f}  top-1 {accuracy.top1:.2f} %{left}  {seconds:.1f} s")
 
@@ -396,4 +422,18 @@ class _Running:
     optimizer: Any
     scheduler: Any
     pruner: NViTPruner | None
+    teachers: Teachers | None
     progress: _Progress
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the student differs from the dense model already."""
+        return self.pruner is None or bool(self.pruner.history)
+
+    def train(self) -> None:
+        """Training mode; noise only where the stage wants it."""
+        self.wrapped.train()
+        if not self.stage.noise and self.pruned:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout | DropPath | PatchDropout):
+                    module.eval()

@@ -23,34 +23,34 @@ def is_file(model: str) -> bool:
     return Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).exists()
 
 
-def check_name(name: str) -> None:
-    """Raise UserError unless timm knows ``name``."""
+def check_name(name: str, flag: str = "--model") -> None:
+    """Raise UserError, about ``flag``, unless timm knows ``name``."""
     if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         hint = nearest(name.split(".")[0], timm.list_models())
-        raise UserError(f"--model {name}: no such timm model and no such file.{hint}")
+        raise UserError(f"{flag} {name}: no such timm model and no such file.{hint}")
 
 
-def load_file(path: str) -> nn.Module:
-    """The model in a file written by ``pyvitfast.save``.
+def load_file(path: str, flag: str = "--model") -> nn.Module:
+    """The model in a file written by ``pyvitfast.save``, named with ``flag``.
 
     Raises:
         UserError: missing, damaged or foreign file.
     """
     if not Path(path).is_file():
-        raise UserError(f"--model {path}: no such file.")
+        raise UserError(f"{flag} {path}: no such file.")
     try:
         return load(path)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise UserError(f"--model {path}: {error}") from error
+        raise UserError(f"{flag} {path}: {error}") from error
 
 
-def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """A model by timm name.
+def create(name: str, pretrained: bool = False, flag: str = "--model", **arguments: Any) -> nn.Module:
+    """A model by timm name, given with ``flag``.
 
     Raises:
         UserError: unknown name, an argument it does not take, or weights that cannot be fetched.
     """
-    check_name(name)
+    check_name(name, flag)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
         describe(model)
@@ -58,7 +58,7 @@ def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
         given = ", ".join(f"{k}={v}" for k, v in arguments.items())
         source = " with pretrained weights" if pretrained else ""
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {name} cannot be made{source} ({given}): {reason}") from error
+        raise UserError(f"{flag} {name} cannot be made{source} ({given}): {reason}") from error
     return model
 
 
@@ -82,6 +82,11 @@ def for_data(settings: Settings, data: Data) -> tuple[nn.Module, str]:
             arguments["drop_path_rate"] = settings.drop_path
         torch.manual_seed(settings.seed)
         model = create(settings.model, settings.pretrained, **arguments)
+        if data.in_chans is not None and not hasattr(model, "patch_embed"):
+            # A network without patches takes any size; what timm trained it for is not this data's.
+            shape = tuple(data.train[0, None][0].shape)
+            known: Any = model
+            known.pretrained_cfg = known.default_cfg = {**known.pretrained_cfg, "input_size": shape}
         origin = PRETRAINED if settings.pretrained else RANDOM
     check_fit(model, settings.model, data)
     return model, origin

@@ -18,6 +18,11 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a bar can be shown."""
+        return self.console is not None and self.console.is_terminal
+
     def say(self, text: str) -> None:
         """Print one line."""
         if self.console is not None:
@@ -25,7 +30,7 @@ class Reporter:
 
     def begin(self, title: str, steps: int, done: int) -> None:
         """Start the bar of an epoch."""
-        if self.console is not None and self.console.is_terminal:
+        if self.console is not None and self.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -22,15 +22,16 @@ from torch import nn
 
 from pyvitfast._version import __version__
 from pyvitfast.models.checkpoint import load, write_atomically
-from pyvitfast.prune import NViTPruner
+from pyvitfast.prune import LatencyTable, NViTConfig, NViTPruner
 from pyvitfast.train import model as models
 from pyvitfast.train.data import Data, check_batch_size, open_data
 from pyvitfast.train.errors import UserError
-from pyvitfast.train.folder import DENSE, MODEL, RunFolder, Snapshot
+from pyvitfast.train.folder import DENSE, LATENCY, MODEL, RunFolder, Snapshot
 from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
 from pyvitfast.train.progress import Reporter
 from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
+from pyvitfast.train.teachers import make_teachers, open_cnn
 
 
 @dataclass
@@ -227,24 +228,55 @@ def train(
         return _outcome(job, job.model, accuracy, None)
 
 
-def make_pruner(model: nn.Module, settings: Settings) -> NViTPruner:
+def make_pruner(model: nn.Module, settings: Settings, latency: LatencyTable | None = None) -> NViTPruner:
     """The pruner of ``settings`` for ``model``.
+
+    Without a table a latency budget is checked as one of MACs, which tells whether the model can be pruned
+    at all.
 
     Raises:
         UserError: the model cannot be pruned or the target not be reached.
     """
+    unknown = settings.budget == "latency" and latency is None
+    changes: dict[str, Any] = {} if settings.eta is None else {"eta": settings.eta}
     try:
-        return NViTPruner(
-            model,
-            target=settings.target,
-            budget=settings.budget,
+        config = NViTConfig.preset(
+            settings.preset,
+            target=0.999 if unknown else settings.target,
+            budget="macs" if unknown else settings.budget,
             interval=settings.interval,
-            preset=settings.preset,
             groups_per_step=settings.groups_per_step,
             group_sizes=settings.group_sizes,
+            cost_rule=settings.cost_rule,
+            batch_size=settings.batch_size * settings.grad_accum_steps,
+            **changes,
         )
+        return NViTPruner(model, latency=latency, config=config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--model {settings.model} cannot be pruned: {error}") from error
+
+
+def _latency(job: _Job, model: nn.Module) -> LatencyTable | None:
+    """The run's latency table: kept in the folder, so that a resumed run has the same one."""
+    s, path = job.settings, job.folder.path / LATENCY
+    if s.budget != "latency" and s.latency_table is None:
+        return None
+    try:
+        if job.folder.writes and not path.is_file():
+            if s.latency_table is not None:
+                LatencyTable.load(s.latency_table).save(path)
+            else:
+                device = job.accelerator.device
+                job.reporter.say(f"Measuring a latency table, batch {s.latency_batch_size} on {device}.")
+                LatencyTable.measure(
+                    model, device, s.latency_batch_size, progress=job.reporter.is_terminal
+                ).save(path)
+        job.accelerator.wait_for_everyone()
+        return LatencyTable.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--latency-table {s.latency_table}: no such file.") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"the latency table of --model {s.model}: {error}") from error
 
 
 def prune(
@@ -261,6 +293,12 @@ def prune(
     """
     with _job("prune", settings, out, resume, overwrite, given or {}, console) as job:
         s, loop, model = job.settings, job.loop, job.model
+        cnn = open_cnn(s, job.data, model)
+        table = None
+        if job.stage in (None, "train", "prune"):
+            # All that may refuse comes before hours of training.
+            table = _latency(job, model)
+            make_pruner(model, s, table)
         if job.stage in (None, "train"):
             if job.origin == models.FILE:
                 accuracy = evaluate(model.to(job.accelerator.device), job.data, s, job.accelerator)
@@ -273,17 +311,25 @@ def prune(
             loop.results["dense"] = asdict(accuracy)
             job.folder.save_model(model, DENSE)
             job.folder.log("dense", **asdict(accuracy))
+            job.accelerator.wait_for_everyone()
+        dense = load(job.folder.path / DENSE)
+        noise = s.preset != "nvit_repo"
         if job.stage in (None, "prune"):
-            pruner = make_pruner(model.to(job.accelerator.device), s)
-            loop.run(Stage("prune", s.prune_lr, None), model, pruner, job.take_state())
+            pruner = make_pruner(model.to(job.accelerator.device), s, table)
+            teachers = make_teachers(s, "prune", dense, cnn, job.accelerator.device)
+            stage = Stage("prune", s.prune_lr, None, noise)
+            loop.run(stage, model, pruner, job.take_state(), teachers)
             model = pruner.compact()
             cut = evaluate(model, job.data, s, job.accelerator)
             job.folder.log("compact", **asdict(cut), dims=pruner.dims.to_dict(), skipped=pruner.skipped)
             job.reporter.say(f"compacted after {len(pruner.history)} removals: top-1 {cut.top1:.2f} %")
         accuracy = loop.run(
-            Stage("finetune", s.finetune_lr, s.finetune_epochs), model, state=job.take_state()
+            Stage("finetune", s.finetune_lr, s.finetune_epochs, noise),
+            model,
+            state=job.take_state(),
+            teachers=make_teachers(s, "finetune", dense, cnn, job.accelerator.device),
         )
-        return _outcome(job, model, accuracy, load(job.folder.path / DENSE))
+        return _outcome(job, model, accuracy, dense)
 
 
 def evaluate_model(settings: Settings, console: Console, json_path: Path | None = None) -> dict[str, Any]:

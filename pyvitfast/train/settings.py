@@ -16,7 +16,8 @@ import yaml
 from pyvitfast.train.errors import UserError, nearest
 
 AMP = ("no", "bf16", "fp16")
-BUDGETS = ("macs", "params")
+BUDGETS = ("macs", "params", "latency")
+COST_RULES = ("subtract", "divide")
 SCHEDULES = ("cosine", "tanh", "step", "poly", "none")
 GROUP_KINDS = ("embed", "head", "qk", "v", "mlp")
 
@@ -33,6 +34,8 @@ DIGITS: dict[str, Any] = {
     "prune_lr": 5e-4,
     "finetune_epochs": 10,
     "finetune_lr": 1e-3,
+    # In smaller batches calls cost the micro model more than arithmetic, and narrower is not faster.
+    "latency_batch_size": 256,
     "hflip": 0.0,
     "workers": 0,
 }
@@ -77,7 +80,12 @@ class Settings:
         amp: mixed precision: ``no``, ``bf16`` or ``fp16``.
         workers: loader processes on each rank.
         target: fraction of the budget that pruning leaves.
-        budget: what the target counts: ``macs`` or ``params``.
+        budget: what the target counts: ``macs``, ``params`` or ``latency``.
+        latency_table: JSON file of a latency table; None measures one when the budget is ``latency``.
+        latency_batch_size: images in a forward pass of that measurement.
+        eta: weight of the saved cost, as a fraction of the whole, subtracted from scores;
+            None takes the preset's.
+        cost_rule: ``subtract`` that from a score, or ``divide`` the score by the saved cost.
         interval: optimizer updates between two removals.
         groups_per_step: groups in a removal.
         group_sizes: units in a group by kind (embed, head, qk, v, mlp); None chooses them.
@@ -85,6 +93,11 @@ class Settings:
         prune_lr: constant learning rate while pruning.
         finetune_epochs: epochs after compaction.
         finetune_lr: peak learning rate after compaction.
+        kl_weight: weight of the divergence from the dense model, while pruning (from the first removal on)
+            and finetuning; 0 is off, None takes the preset's.
+        kl_temperature: temperature of that divergence; None takes the preset's.
+        cnn_teacher: timm name (with pretrained weights) or ``.safetensors`` file of a network whose most
+            likely class is learnt too while pruning and finetuning.
 
     Raises:
         UserError: a value of a wrong type or out of its range.
@@ -125,6 +138,10 @@ class Settings:
     workers: int = 4
     target: float = 0.5
     budget: str = "macs"
+    latency_table: str | None = None
+    latency_batch_size: int = 32
+    eta: float | None = None
+    cost_rule: str = "subtract"
     interval: int = 100
     groups_per_step: int = 2
     group_sizes: dict[str, int] | None = field(default=None)
@@ -132,12 +149,15 @@ class Settings:
     prune_lr: float = 1e-4
     finetune_epochs: int = 30
     finetune_lr: float = 5e-4
+    kl_weight: float | None = None
+    kl_temperature: float | None = None
+    cnn_teacher: str | None = None
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
-        for name in ("batch_size", "grad_accum_steps", "interval", "groups_per_step"):
+        for name in ("batch_size", "grad_accum_steps", "interval", "groups_per_step", "latency_batch_size"):
             self._need(name, "at least 1", getattr(self, name) >= 1)
         for name in ("epochs", "finetune_epochs", "warmup_epochs", "workers", "seed", "weight_decay"):
             self._need(name, "at least 0", getattr(self, name) >= 0)
@@ -156,6 +176,12 @@ class Settings:
         )
         self._need("img_size", "at least 1", self.img_size is None or self.img_size >= 1)
         self._need("clip_grad", "a positive number", self.clip_grad is None or self.clip_grad > 0)
+        self._need("kl_weight", "at least 0", self.kl_weight is None or self.kl_weight >= 0)
+        hot = self.kl_temperature is None or self.kl_temperature > 0
+        self._need("kl_temperature", "a positive number", hot)
+        self._one_of("cost_rule", COST_RULES)
+        self._need("eta", "at least 0", self.eta is None or self.eta >= 0)
+        self._need("eta", "0 with --cost-rule divide", not self.eta or self.cost_rule == "subtract")
         self._one_of("amp", AMP)
         self._one_of("budget", BUDGETS)
         self._one_of("sched", SCHEDULES)

@@ -71,7 +71,7 @@ def test_round_trip_through_yaml(values: dict[str, object]) -> None:
         ("smoothing", 1, "--smoothing must be at least 0 and below 1"),
         ("hflip", 2, "--hflip must be between 0 and 1"),
         ("amp", "bf61", "--amp must be one of no, bf16, fp16, got 'bf61'. Did you mean 'bf16'"),
-        ("budget", "mac", "--budget must be one of macs, params, got 'mac'. Did you mean 'macs'"),
+        ("budget", "mac", "--budget must be one of macs, params, latency, got 'mac'. Did you mean 'macs'"),
         ("opt", "adamww", "--opt must be a known name, got 'adamww'. Did you mean"),
         ("sched", "linear", "--sched must be one of cosine"),
         ("preset", "x", "--preset must be one of paper, nvit_repo"),
