@@ -1,8 +1,10 @@
 """Models the methods give back, their checkpoints and their summary."""
 
+from pyvitfast.models.accounting import full_params, paper_macs, paper_params
 from pyvitfast.models.checkpoint import load, save
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.micro import vit_micro_patch2_8
+from pyvitfast.models.revit import revit_dims
 from pyvitfast.models.summary import ModelSummary, summary
 from pyvitfast.models.vision_transformer import (
     BlockDims,
@@ -22,7 +24,11 @@ __all__ = [
     "PrunedVisionTransformerDistilled",
     "ViTConfig",
     "ViTDims",
+    "full_params",
     "load",
+    "paper_macs",
+    "paper_params",
+    "revit_dims",
     "save",
     "summary",
     "vit_micro_patch2_8",
