@@ -5,6 +5,13 @@ from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
 from pyvitfast.prune.distillation import DistillationConfig, DistillationLoss, both_logits
 from pyvitfast.prune.latency import LatencyTable
 from pyvitfast.prune.nvit import NViTPruner
+from pyvitfast.prune.sparsity import (
+    SparsityReport,
+    apply_masks,
+    magnitude_mask,
+    sparsify,
+    to_semi_structured,
+)
 from pyvitfast.prune.structure import Structure, UnitTable, group_size
 
 __all__ = [
@@ -16,8 +23,13 @@ __all__ = [
     "NViTConfig",
     "NViTPruner",
     "ParamsCost",
+    "SparsityReport",
     "Structure",
     "UnitTable",
+    "apply_masks",
     "both_logits",
     "group_size",
+    "magnitude_mask",
+    "sparsify",
+    "to_semi_structured",
 ]
