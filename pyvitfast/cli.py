@@ -35,7 +35,7 @@ Imbalance = Annotated[
     float | None, typer.Option(help="Keep an exponential long tail, largest class RHO times the smallest.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Output folder.  [default: out/VERB-DATA]")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training (for prune: of the dense model).")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training (prune, sparsify: of the dense model).")]
 BatchSize = Annotated[int | None, typer.Option(help="Images in a step, over all processes.")]
 GradAccum = Annotated[int | None, typer.Option(help="Steps added up for one optimizer update.")]
 Opt = Annotated[str | None, typer.Option(help="timm optimizer.")]
@@ -66,8 +66,8 @@ Interval = Annotated[int | None, typer.Option(help="Optimizer updates between tw
 GroupsPerStep = Annotated[int | None, typer.Option(help="Groups in a removal.")]
 Preset = Annotated[str | None, typer.Option(help="paper or nvit_repo.")]
 PruneLr = Annotated[float | None, typer.Option(help="Constant learning rate while pruning.")]
-FinetuneEpochs = Annotated[int | None, typer.Option(help="Epochs after compaction.")]
-FinetuneLr = Annotated[float | None, typer.Option(help="Peak learning rate after compaction.")]
+FinetuneEpochs = Annotated[int | None, typer.Option(help="Epochs after compaction or sparsification.")]
+FinetuneLr = Annotated[float | None, typer.Option(help="Peak learning rate in them.")]
 Config = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Settings as lines of `key: value`.")]
 Assign = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over --config.")
@@ -240,6 +240,45 @@ def prune(
     from pyvitfast.train import prune as job
 
     _run("prune", job, parameters)
+
+
+@verb
+def sparsify(
+    model: Model = None,
+    data: DataSpec = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    finetune_lr: FinetuneLr = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    imbalance: Imbalance = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Keep the 2 largest of every 4 weights of the linear layers, then finetune with the zeros kept.
+
+    A model from a file is made sparse at once; a timm name is trained first.
+    """
+    parameters = dict(locals())
+    from pyvitfast.train import sparsify as job
+
+    _run("sparsify", job, parameters)
 
 
 @verb

@@ -26,6 +26,7 @@ class Facts:
         size: bytes of the model file.
         top1: test accuracy in percent.
         class_mean: mean over classes of the test accuracy, in percent.
+        nonzero: parameters that are not zero; None where they were not counted.
     """
 
     summary: ModelSummary
@@ -33,6 +34,12 @@ class Facts:
     size: int
     top1: float
     class_mean: float
+    nonzero: int | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether more is zero than the odd bias or token."""
+        return self.nonzero is not None and self.nonzero < 0.99 * self.summary.params
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,13 @@ def measure(
     """Facts of ``models``, stored in ``files``, with top-1 and class-mean ``accuracies``."""
     timed = latencies(models, device, batches)
     return [
-        Facts(summary(model), latency, file.stat().st_size, *accuracy)
+        Facts(
+            summary(model),
+            latency,
+            file.stat().st_size,
+            *accuracy,
+            sum(int(p.count_nonzero()) for p in model.parameters()),
+        )
         for model, latency, file, accuracy in zip(models, timed, files, accuracies)
     ]
 
@@ -110,7 +123,9 @@ def table(before: Facts | None, after: Facts) -> list[Row]:
 
         if old is None:
             return Row(label, "", show(new), "")
-        change = f"{old / new:.2f}x less" if old >= new else f"{new / old:.2f}x more"
+        change = f"{old / new:.2f}x less" if old > new else f"{new / old:.2f}x more"
+        if old == new:
+            change = "unchanged"
         return Row(label, show(old), show(new), change)
 
     def points(label: str, old: float | None, new: float) -> Row:
@@ -122,6 +137,9 @@ def table(before: Facts | None, after: Facts) -> list[Row]:
         smaller("Parameters", before.summary.params if before else None, after.summary.params, ",", ""),
         smaller("MACs per image", before.summary.macs if before else None, after.summary.macs, ",", ""),
     ]
+    if after.sparse:
+        old_count = before.nonzero if before else None
+        rows.insert(1, smaller("Parameters not 0", old_count, after.nonzero or 0, ",", ""))
     for batch in after.latency:
         label = f"Latency, batch {batch}"
         rows.append(

@@ -50,6 +50,10 @@ def remaining(path: Path, before: Facts, after: Facts) -> None:
         before.size,
     ]
     new = [after.summary.params, after.summary.macs, *(after.latency[b] for b in after.latency), after.size]
+    if after.sparse and before.nonzero and after.nonzero:
+        labels.insert(1, "Parameters not 0")
+        old.insert(1, before.nonzero)
+        new.insert(1, after.nonzero)
     shares = [100 * n / o for n, o in zip(new, old)]
     with _figure(path, 7.2, 3.0) as figure:
         axes = figure.subplots()

@@ -5,6 +5,7 @@ from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.loop import Accuracy
 from pyvitfast.train.run import Outcome, evaluate_model, prune, train
 from pyvitfast.train.settings import Settings, resolve
+from pyvitfast.train.sparsify import sparsify
 
 __all__ = [
     "Accuracy",
@@ -18,5 +19,6 @@ __all__ = [
     "open_data",
     "prune",
     "resolve",
+    "sparsify",
     "train",
 ]

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,7 @@ class Loop:
         pruner: NViTPruner | None = None,
         state: dict[str, Any] | None = None,
         teachers: Teachers | None = None,
+        after_update: Callable[[], None] | None = None,
     ) -> Accuracy:
         """Train ``model`` through ``stage``.
 
@@ -194,6 +195,7 @@ class Loop:
             state: of a checkpoint inside this stage, to go on from.
             teachers: whom to learn from besides the labels; with a pruner, from the dense model only once
                 something is removed.
+            after_update: called after each optimizer update.
 
         Returns:
             Test accuracy at the end of the stage.
@@ -217,7 +219,9 @@ class Loop:
             self._check_world(state)
         if teachers is not None:
             teachers.attach(model, True)
-        running = _Running(stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress)
+        running = _Running(
+            stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress, after_update
+        )
         if state is None:
             self._save(running)
         accuracy: Accuracy | None = None
@@ -290,6 +294,8 @@ class Loop:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     self._update(running)
+                    if running.after_update is not None:
+                        running.after_update()
                     running.progress.updates += 1
                     if pruner is None or not pruner.done:
                         optimizer.zero_grad()
@@ -424,6 +430,7 @@ class _Running:
     pruner: NViTPruner | None
     teachers: Teachers | None
     progress: _Progress
+    after_update: Callable[[], None] | None = None
 
     @property
     def pruned(self) -> bool:

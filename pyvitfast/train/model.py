@@ -11,6 +11,7 @@ from torch import nn
 
 import pyvitfast.models.micro  # noqa: F401  registers the micro model with timm
 from pyvitfast.models.checkpoint import describe, load
+from pyvitfast.prune.sparsity import sparse_layers
 from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
@@ -115,3 +116,11 @@ def check_fit(model: nn.Module, name: str, data: Data) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--model {name} cannot take images of {size}x{size}: {reason}") from error
+
+
+def check_sparsity(model: nn.Module, name: str) -> None:
+    """Raise UserError when no layer of ``model`` can be made sparse."""
+    try:
+        sparse_layers(model)
+    except ValueError as error:
+        raise UserError(f"--model {name} cannot be made sparse: {error}") from error

@@ -156,6 +156,8 @@ def _job(
                 model, origin = models.for_data(settings, data)
                 if verb == "prune":
                     make_pruner(model, settings)  # what it cannot take is told before hours of training
+                elif verb == "sparsify":
+                    models.check_sparsity(model, settings.model)
             if not resume:
                 folder.start(settings, overwrite)
                 threads = torch.get_num_threads()
