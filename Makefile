@@ -27,7 +27,7 @@ $(VENV)/.demo: $(VENV)/.tools $(SOURCES)
 $(VENV)/.test: $(VENV)/.tools $(SOURCES)
 	@echo "build: compiled kernels, and the CUDA kernels for the emulator"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(INSTALL) --no-build-isolation -C cmake.define.PYVITFAST_BUILD_TESTS=ON \
-		--editable ".[test,bench,dev]"
+		--editable ".[test,bench,export,dev]"
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

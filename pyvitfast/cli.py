@@ -325,6 +325,46 @@ def summary(
 
 
 @verb
+def export(
+    model: Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Target, ending in .onnx or .pt2.  [default: out/MODEL.onnx]"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images of a call.  [default: any number]")
+    ] = None,
+    pretrained: Pretrained = None,
+    json_path: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model as ONNX or torch.export file, after comparing its logits with the model's."""
+    from pyvitfast.models.checkpoint import write_atomically
+    from pyvitfast.models.export import export as write
+    from pyvitfast.train import model as models
+    from pyvitfast.train.settings import DIGITS
+
+    name = model or DIGITS["model"]
+    if models.is_file(name):
+        if pretrained:
+            raise UserError(f"--pretrained goes with a timm name, not with the file {name}.")
+        found = models.load_file(name)
+    else:
+        found = models.create(name, bool(pretrained))
+    target = out or Path("out") / f"{Path(name).name.removesuffix('.safetensors')}.onnx"
+    if out is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        report = write(found, target, batch_size=batch_size)
+    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+        raise UserError(f"--model {name} cannot be exported: {error}") from error
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    if json_path is not None:
+        facts = asdict(report) | {"path": str(report.path)}
+        write_atomically(json_path, json.dumps(facts, indent=2).encode())
+
+
+@verb
 def info(
     settings: Annotated[
         bool, typer.Option("--settings", help="List all settings and their defaults.")

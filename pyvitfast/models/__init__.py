@@ -3,6 +3,7 @@
 from pyvitfast.models.accounting import full_params, paper_macs, paper_params
 from pyvitfast.models.checkpoint import load, save
 from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.export import ExportReport, export
 from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.revit import revit_dims
 from pyvitfast.models.summary import ModelSummary, summary
@@ -17,6 +18,7 @@ from pyvitfast.models.vision_transformer import (
 
 __all__ = [
     "BlockDims",
+    "ExportReport",
     "ModelSummary",
     "PrunedAttention",
     "PrunedBlock",
@@ -24,6 +26,7 @@ __all__ = [
     "PrunedVisionTransformerDistilled",
     "ViTConfig",
     "ViTDims",
+    "export",
     "full_params",
     "load",
     "paper_macs",
