@@ -12,6 +12,7 @@ from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from pyvitfast.models.vision_transformer import (
     BlockDims,
@@ -34,6 +35,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` as it was written: ``fully_shard`` puts a subclass in its place."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
 def _layer_name(layer: nn.Module) -> str:
@@ -63,7 +70,7 @@ def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplemen
 
 
 def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, float]:
-    if type(block) not in (Block, PrunedBlock):
+    if plain_class(block) not in (Block, PrunedBlock):
         raise _refuse(model, name, "must be a timm Block", type(block).__name__)
     attn, mlp = block.attn, block.mlp
     if type(attn) not in (Attention, PrunedAttention):

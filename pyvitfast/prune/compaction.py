@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
+from pyvitfast.prune.shards import whole
 from pyvitfast.prune.structure import Axis, UnitTable
 
 
@@ -54,7 +55,7 @@ def compact_model(
 
     jobs: list[tuple[str, str | None, Tensor]] = []
     for name, parameter in old.items():
-        jobs.append((name, None, parameter.detach()))
+        jobs.append((name, None, whole(parameter.detach())))
         for state, value in states.get(parameter, {}).items():
             # Only what runs along the parameter is cut: step counts and factored moments are not.
             if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:

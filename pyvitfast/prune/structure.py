@@ -62,11 +62,22 @@ class Piece:
     stop: int | None = None
     is_norm_weight: bool = False
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor shaped like the parameter: a view of rank 1 or 2, of rank 4 for a kernel."""
+    def of(self, tensor: Tensor, held: tuple[int, int] | None = None) -> Tensor:
+        """This piece of a tensor shaped like the parameter: a view of rank 1 or 2, of rank 4 for a kernel.
+
+        With ``held``, ``tensor`` is the part of dimension 0 between these two indices.
+        """
         if tensor.ndim == 3:  # tokens and position embedding [1, N, E]
             return tensor.view(-1, tensor.shape[-1])
+        if held is not None:
+            low, high = self.held(held)
+            return tensor[low + self.start - held[0] : high + self.start - held[0]]
         return tensor if self.stop is None else tensor[self.start : self.stop]
+
+    def held(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """Which of this piece's rows lie between two indices of the parameter's dimension 0."""
+        low, high = max(rows[0], self.start), rows[1] if self.stop is None else min(rows[1], self.stop)
+        return (low - self.start, high - self.start) if low < high else (rows[0] - self.start,) * 2
 
 
 def group_size(kind: str, size: int, embed_dim: int) -> int:
