@@ -4,6 +4,8 @@ from pyvitfast.models.checkpoint import load, save
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.summary import ModelSummary, summary
+from pyvitfast.models.swin_config import SwinConfig
+from pyvitfast.models.swin_transformer import PrunedSwinTransformer, PrunedWindowAttention, SwinDims
 from pyvitfast.models.vision_transformer import (
     BlockDims,
     PrunedAttention,
@@ -18,8 +20,12 @@ __all__ = [
     "ModelSummary",
     "PrunedAttention",
     "PrunedBlock",
+    "PrunedSwinTransformer",
     "PrunedVisionTransformer",
     "PrunedVisionTransformerDistilled",
+    "PrunedWindowAttention",
+    "SwinConfig",
+    "SwinDims",
     "ViTConfig",
     "ViTDims",
     "load",

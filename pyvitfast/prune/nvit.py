@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
-from pyvitfast.models.config import ViTConfig, unwrap
-from pyvitfast.models.vision_transformer import ViTDims
+from pyvitfast.models.architecture import Dims, config_of
+from pyvitfast.models.modules import unwrap
 from pyvitfast.prune.compaction import compact_model
 from pyvitfast.prune.config import NViTConfig
 from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
@@ -36,7 +36,8 @@ class NViTPruner:
     prunes when an interval is full.
 
     Args:
-        model: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``, or one of our pruned ones;
+        model: a timm ``VisionTransformer``, ``VisionTransformerDistilled`` or ``SwinTransformer``, or one of
+            our pruned ones;
             inside ``torch.compile`` or DistributedDataParallel or not, or split over processes by
             ``fully_shard`` before. Its weights are masked in place.
         target: fraction of the budget to reach, in (0, 1).
@@ -86,7 +87,7 @@ class NViTPruner:
             preset, target=target, budget=budget, interval=interval, **settings
         )
         self.model = unwrap(model)
-        architecture = ViTConfig.from_model(self.model)
+        architecture = config_of(self.model)
         self.table = UnitTable(architecture, dict(self.config.group_sizes or {}))
         self._macs, self._params = MacsCost(architecture), ParamsCost(architecture)
         if isinstance(latency, LatencyTable):
@@ -150,7 +151,7 @@ class NViTPruner:
         return tuple(self.table.structures.values())
 
     @property
-    def dims(self) -> ViTDims:
+    def dims(self) -> Dims:
         """The widths that are left."""
         return self.table.dims(self._alive)
 
@@ -184,7 +185,7 @@ class NViTPruner:
         """The running average of squared sums, float64 [U], as the next removal would use it."""
         return self._average()
 
-    def _fraction(self, cost: Cost, dims: ViTDims) -> float:
+    def _fraction(self, cost: Cost, dims: Dims) -> float:
         return cost.query(dims) / cost.query(self._dense)
 
     def _average(self) -> Tensor:
