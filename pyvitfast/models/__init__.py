@@ -7,6 +7,8 @@ from pyvitfast.models.export import ExportReport, export
 from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.revit import revit_dims
 from pyvitfast.models.summary import ModelSummary, summary
+from pyvitfast.models.swin_config import SwinConfig
+from pyvitfast.models.swin_transformer import PrunedSwinTransformer, PrunedWindowAttention, SwinDims
 from pyvitfast.models.vision_transformer import (
     BlockDims,
     PrunedAttention,
@@ -22,8 +24,12 @@ __all__ = [
     "ModelSummary",
     "PrunedAttention",
     "PrunedBlock",
+    "PrunedSwinTransformer",
     "PrunedVisionTransformer",
     "PrunedVisionTransformerDistilled",
+    "PrunedWindowAttention",
+    "SwinConfig",
+    "SwinDims",
     "ViTConfig",
     "ViTDims",
     "export",

@@ -19,9 +19,13 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from pyvitfast._version import __version__
-from pyvitfast.models.config import ViTConfig, unwrap
+from pyvitfast.models.architecture import config_of
+from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.modules import unwrap
+from pyvitfast.models.swin_config import SwinConfig
 
 FORMAT_VERSION = 1
+_KINDS: dict[type[ViTConfig] | type[SwinConfig], str] = {ViTConfig: "vit", SwinConfig: "swin"}
 _KEY = "pyvitfast"
 _SUFFIX = ".safetensors"
 
@@ -41,7 +45,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         NotImplementedError: neither is known.
     """
     try:
-        return {"kind": "vit", "config": ViTConfig.from_model(model).to_dict()}
+        config = config_of(model)
+        return {"kind": _KINDS[type(config)], "config": config.to_dict()}
     except (TypeError, NotImplementedError) as error:
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         arguments = dict(getattr(model, "_model_args", None) or {})
@@ -57,12 +62,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def build(architecture: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised model from what :func:`describe` returned."""
-    if architecture["kind"] == "vit":
-        return ViTConfig.from_dict(architecture["config"]).build()
+    for family, kind in _KINDS.items():
+        if architecture["kind"] == kind:
+            return family.from_dict(architecture["config"]).build()
     if architecture["kind"] == "timm":
         model: nn.Module = timm.create_model(architecture["name"], **architecture["arguments"])
         return model
-    raise ValueError(f"load: architecture kind must be 'vit' or 'timm', got {architecture['kind']!r}.")
+    raise ValueError(
+        f"load: architecture kind must be 'vit', 'swin' or 'timm', got {architecture['kind']!r}."
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import timm.layers
-import torch
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
+from pyvitfast.models.modules import layer_class, layer_name, plain_class, unwrap
 from pyvitfast.models.vision_transformer import (
     BlockDims,
     PrunedAttention,
@@ -21,38 +20,6 @@ from pyvitfast.models.vision_transformer import (
     PrunedVisionTransformerDistilled,
     ViTDims,
 )
-
-_ROOMS = {"torch.nn": torch.nn, "timm.layers": timm.layers}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and DistributedDataParallel."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _layer_name(layer: nn.Module) -> str:
-    kind = type(layer)
-    for room, module in _ROOMS.items():
-        if getattr(module, kind.__name__, None) is kind:
-            return f"{room}.{kind.__name__}"
-    raise NotImplementedError(
-        f"ViTConfig.from_model: layers must be classes of torch.nn or timm.layers, got "
-        f"{kind.__module__}.{kind.__qualname__}."
-    )
-
-
-def _layer_class(name: str) -> type[nn.Module]:
-    room, _, kind = name.rpartition(".")
-    found = getattr(_ROOMS.get(room), kind, None)
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        return found
-    raise ValueError(f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}.")
 
 
 def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplementedError:
@@ -63,7 +30,7 @@ def _refuse(model: nn.Module, where: str, rule: str, got: object) -> NotImplemen
 
 
 def _block_dims(model: nn.Module, name: str, block: Any) -> tuple[BlockDims, float]:
-    if type(block) not in (Block, PrunedBlock):
+    if plain_class(block) not in (Block, PrunedBlock):
         raise _refuse(model, name, "must be a timm Block", type(block).__name__)
     attn, mlp = block.attn, block.mlp
     if type(attn) not in (Attention, PrunedAttention):
@@ -221,8 +188,8 @@ class ViTConfig:
             proj_drop_rate=float(first.attn.proj_drop.p),
             attn_drop_rate=float(first.attn.attn_drop.p),
             drop_path_rate=float(path.drop_prob) if isinstance(path, DropPath) else 0.0,
-            act_layer=_layer_name(first.mlp.act),
-            norm_layer=_layer_name(first.norm1),
+            act_layer=layer_name(first.mlp.act),
+            norm_layer=layer_name(first.norm1),
             norm_eps=float(first.norm1.eps),
         )
         held = sum(p.numel() for p in model.parameters())
@@ -245,8 +212,8 @@ class ViTConfig:
             "norm_eps",
         }
         arguments = {name: getattr(self, name) for name in passed}
-        arguments["act_layer"] = _layer_class(self.act_layer)
-        arguments["norm_layer"] = partial(_layer_class(self.norm_layer), eps=self.norm_eps)
+        arguments["act_layer"] = layer_class(self.act_layer)
+        arguments["norm_layer"] = partial(layer_class(self.norm_layer), eps=self.norm_eps)
         if self.distilled:
             del arguments["reg_tokens"], arguments["class_token"]
         if self.pruned:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast.models.checkpoint import write_atomically
-from pyvitfast.models.config import unwrap
+from pyvitfast.models.modules import unwrap
 from pyvitfast.models.summary import summary
 
 FORMATS = ("onnx", "pt2")

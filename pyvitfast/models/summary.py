@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyvitfast.models.config import ViTConfig, unwrap
+from pyvitfast.models.architecture import Config, config_of
+from pyvitfast.models.modules import unwrap
 from pyvitfast.models.vision_transformer import BlockDims
 
 
@@ -26,7 +27,7 @@ class ModelSummary:
         macs: multiply-accumulates of one image.
         latency: median milliseconds of one forward pass of ``batch_size`` images, or None.
         batch_size: images in a timed pass.
-        embed_dim: width of the residual stream; None for models that are not Vision Transformers.
+        embed_dims: width of the residual stream, by stage; empty for models that are not Vision Transformers.
         blocks: widths of each block; empty for models that are not Vision Transformers.
     """
 
@@ -36,7 +37,7 @@ class ModelSummary:
     macs: int
     latency: float | None
     batch_size: int
-    embed_dim: int | None
+    embed_dims: tuple[int, ...]
     blocks: tuple[BlockDims, ...]
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class ModelSummary:
             lines.append(f"  latency    {self.latency:>13.3f} ms (median, batch {self.batch_size})")
         if self.blocks:
             lines += [
-                f"  embed_dim  {self.embed_dim:>16}",
+                f"  embed_dim  {', '.join(map(str, self.embed_dims)):>16}",
                 "  block  heads  qk_dim  v_dim    mlp",
             ]
             lines += [
@@ -101,7 +102,7 @@ def summary(
         )
     inner = unwrap(model)
     try:
-        config: ViTConfig | None = ViTConfig.from_model(inner)
+        config: Config | None = config_of(inner)
     except (TypeError, NotImplementedError):
         config = None
     if input_size is None:
@@ -144,6 +145,6 @@ def summary(
         macs=macs,
         latency=milliseconds,
         batch_size=batch_size,
-        embed_dim=None if config is None else config.dims.embed_dim,
+        embed_dims=() if config is None else config.dims.embed_dims,
         blocks=() if config is None else config.dims.blocks,
     )

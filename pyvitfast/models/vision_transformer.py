@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ class BlockDims:
     v_dim: int
     mlp: int
 
+    def one_fewer(self) -> Iterator[BlockDims]:
+        """These widths with one head, query/key dim, value dim, MLP unit fewer, in turn."""
+        for name in ("heads", "qk_dim", "v_dim", "mlp"):
+            yield replace(self, **{name: getattr(self, name) - 1})
+
 
 @dataclass(frozen=True)
 class ViTDims:
@@ -29,6 +34,18 @@ class ViTDims:
 
     embed_dim: int
     blocks: tuple[BlockDims, ...]
+
+    @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """The width of the residual stream, as the one stage there is."""
+        return (self.embed_dim,)
+
+    def one_fewer(self) -> Iterator[ViTDims]:
+        """These widths with one unit fewer in each structure in turn: the stream, then block by block."""
+        yield replace(self, embed_dim=self.embed_dim - 1)
+        for i, block in enumerate(self.blocks):
+            for smaller in block.one_fewer():
+                yield replace(self, blocks=(*self.blocks[:i], smaller, *self.blocks[i + 1 :]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
+from pyvitfast.prune.shards import whole
 from pyvitfast.prune.structure import Axis, UnitTable
 
 
@@ -41,29 +42,34 @@ def compact_model(
 ) -> nn.Module:
     """Build the smaller model and move the optimizer onto it; see :meth:`NViTPruner.compact`."""
     dims = table.dims(alive)
-    slim = table.config.prune(dims).build()
+    config: Any = table.config
+    slim: nn.Module = config.prune(dims).build()
     old = dict(model.named_parameters())
     device = next(iter(old.values())).device
     kept = {
         name: tuple(None if i is None else i.to(device) for i in pair)
         for name, pair in _kept(table, alive).items()
     }
-    norm_weights = {p.parameter for p in table.pieces if p.is_norm_weight}
-    factor = (table.config.dims.embed_dim / dims.embed_dim) ** 0.5
+    factors: dict[str, tuple[float, int]] = {}
+    for piece in table.pieces:
+        if piece.is_norm_weight and piece.rows is not None:
+            mask = table.alive(piece.rows, alive)
+            left = int(mask.sum())
+            factors[piece.parameter] = (len(mask) / left) ** 0.5, left
     states: Mapping[Tensor, dict[str, Any]] = {} if optimizer is None else optimizer.state
 
     jobs: list[tuple[str, str | None, Tensor]] = []
     for name, parameter in old.items():
-        jobs.append((name, None, parameter.detach()))
+        jobs.append((name, None, whole(parameter.detach())))
         for state, value in states.get(parameter, {}).items():
             # Only what runs along the parameter is cut: step counts and factored moments are not.
             if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
                 jobs.append((name, state, value.detach()))
     scales: list[Tensor | None] = []
     for name, key, tensor in jobs:
-        scaled = ln_fix and key is None and name in norm_weights and factor != 1.0
+        factor, left = factors.get(name, (1.0, 0)) if ln_fix and key is None else (1.0, 0)
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        scales.append(torch.full((dims.embed_dim,), factor, dtype=wide, device=device) if scaled else None)
+        scales.append(None if factor == 1.0 else torch.full((left,), factor, dtype=wide, device=device))
     gathered = ops.implementation("structured_gather", device)(
         [_matrix(tensor) for _, _, tensor in jobs],
         [kept.get(name, (None, None))[0] for name, _, _ in jobs],

@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from pyvitfast.models.config import ViTConfig
-from pyvitfast.models.vision_transformer import ViTDims
+from pyvitfast.models.architecture import Config, Dims
 
 
 @runtime_checkable
 class Cost(Protocol):
     """A cost of widths, in any unit; a latency table is one."""
 
-    def query(self, dims: ViTDims) -> float:
-        """The cost of a model with these widths."""
+    def query(self, dims: Any) -> float:
+        """The cost of a model with these widths, :class:`ViTDims` or :class:`SwinDims`."""
         ...
 
-    def delta(self, dims: ViTDims) -> list[float]:
+    def delta(self, dims: Any) -> list[float]:
         """What one unit fewer saves: in ``embed``, then by block in ``head``, ``qk``, ``v``, ``mlp``."""
         ...
 
 
-def one_fewer(dims: ViTDims) -> Iterator[ViTDims]:
-    """``dims`` with one unit fewer in each structure in turn, in the order of :meth:`Cost.delta`."""
-    yield replace(dims, embed_dim=dims.embed_dim - 1)
-    for i, block in enumerate(dims.blocks):
-        for name in ("heads", "qk_dim", "v_dim", "mlp"):
-            smaller = replace(block, **{name: getattr(block, name) - 1})
-            yield replace(dims, blocks=(*dims.blocks[:i], smaller, *dims.blocks[i + 1 :]))
-
-
 class _Counted:
-    def __init__(self, count: Callable[[ViTDims], int]) -> None:
-        self._count = count
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
-    def query(self, dims: ViTDims) -> float:
-        return float(self._count(dims))
+    def _count(self, config: Config) -> int:
+        raise NotImplementedError
 
-    def delta(self, dims: ViTDims) -> list[float]:
+    def query(self, dims: Dims) -> float:
+        config: Any = self._config  # dims of its own family, which the type does not say
+        return float(self._count(config.prune(dims)))
+
+    def delta(self, dims: Dims) -> list[float]:
         now = self.query(dims)
-        return [now - self.query(smaller) for smaller in one_fewer(dims)]
+        return [now - self.query(smaller) for smaller in dims.one_fewer()]
 
 
 class MacsCost(_Counted):
-    """Multiply-accumulates of one image, from :meth:`pyvitfast.models.ViTConfig.macs`."""
+    """Multiply-accumulates of one image, from the ``macs`` of the architecture."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(lambda dims: config.prune(dims).macs())
+    def _count(self, config: Config) -> int:
+        return config.macs()
 
 
 class ParamsCost(_Counted):
-    """Number of parameters, from :meth:`pyvitfast.models.ViTConfig.params`."""
+    """Number of parameters, from the ``params`` of the architecture."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(lambda dims: config.prune(dims).params())
+    def _count(self, config: Config) -> int:
+        return config.params()

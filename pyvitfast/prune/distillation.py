@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from pyvitfast.models.config import unwrap
+from pyvitfast.models.modules import unwrap
 
 Logits: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _STAGES = ("prune", "finetune")

@@ -20,8 +20,10 @@ from rich.progress import Progress
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
 
+from pyvitfast.models.architecture import Config
 from pyvitfast.models.checkpoint import write_atomically
-from pyvitfast.models.config import ViTConfig, unwrap
+from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.modules import unwrap
 from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 from pyvitfast.prune.structure import UnitTable
 
@@ -278,11 +280,16 @@ class LatencyTable:
         rest = None if self.rest is None else monotone(self.rest)
         return replace(self, values=monotone(self.values), rest=rest)
 
-    def check(self, config: ViTConfig) -> None:
+    def check(self, config: Config) -> None:
         """Raise ValueError when the table belongs to another family than ``config``, or is too small for it.
 
         Depth and widths may differ; image and patch size, tokens, classes and layers may not.
         """
+        if not isinstance(config, ViTConfig):
+            raise ValueError(
+                "LatencyTable: `model` must be a Vision Transformer with one width of the residual stream, "
+                f"got {type(config).__name__.removesuffix('Config')}."
+            )
         if self.family is not None:
             mine, theirs = dict(self.family), family_of(config)
             different = [f"{k} {mine.get(k)!r} against {v!r}" for k, v in theirs.items() if mine.get(k) != v]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
-from pyvitfast.models.config import ViTConfig, unwrap
-from pyvitfast.models.vision_transformer import ViTDims
+from pyvitfast.models.architecture import Dims, config_of
+from pyvitfast.models.modules import unwrap
 from pyvitfast.prune.compaction import compact_model
 from pyvitfast.prune.config import NViTConfig
 from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
 from pyvitfast.prune.latency import LatencyTable
-from pyvitfast.prune.structure import Structure, UnitTable
+from pyvitfast.prune.shards import held_rows, local, shard_group
+from pyvitfast.prune.structure import Piece, Structure, UnitTable
 
 
 class NViTPruner:
@@ -35,8 +36,10 @@ class NViTPruner:
     prunes when an interval is full.
 
     Args:
-        model: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``, or one of our pruned ones;
-            inside ``torch.compile`` or DistributedDataParallel or not. Its weights are masked in place.
+        model: a timm ``VisionTransformer``, ``VisionTransformerDistilled`` or ``SwinTransformer``, or one of
+            our pruned ones;
+            inside ``torch.compile`` or DistributedDataParallel or not, or split over processes by
+            ``fully_shard`` before. Its weights are masked in place.
         target: fraction of the budget to reach, in (0, 1).
         budget: ``"macs"``, ``"params"`` or ``"latency"``.
         latency: a :class:`LatencyTable`, or any object with ``query(dims)`` and ``delta(dims)``; needed for
@@ -84,7 +87,7 @@ class NViTPruner:
             preset, target=target, budget=budget, interval=interval, **settings
         )
         self.model = unwrap(model)
-        architecture = ViTConfig.from_model(self.model)
+        architecture = config_of(self.model)
         self.table = UnitTable(architecture, dict(self.config.group_sizes or {}))
         self._macs, self._params = MacsCost(architecture), ParamsCost(architecture)
         if isinstance(latency, LatencyTable):
@@ -99,6 +102,8 @@ class NViTPruner:
                 "`group_sizes`."
             )
         self._parameters = dict(self.model.named_parameters())
+        self._shards = shard_group(self.model)
+        self._held = {name: held_rows(name, p) for name, p in self._parameters.items()}
         self._scored_pieces = self.table.scored(self.config.membership)
         self._layout: tuple[bool, ...] | None = None
 
@@ -146,7 +151,7 @@ class NViTPruner:
         return tuple(self.table.structures.values())
 
     @property
-    def dims(self) -> ViTDims:
+    def dims(self) -> Dims:
         """The widths that are left."""
         return self.table.dims(self._alive)
 
@@ -180,7 +185,7 @@ class NViTPruner:
         """The running average of squared sums, float64 [U], as the next removal would use it."""
         return self._average()
 
-    def _fraction(self, cost: Cost, dims: ViTDims) -> float:
+    def _fraction(self, cost: Cost, dims: Dims) -> float:
         return cost.query(dims) / cost.query(self._dense)
 
     def _average(self) -> Tensor:
@@ -194,17 +199,28 @@ class NViTPruner:
             return mean
         return self.config.momentum * self._ema + (1 - self.config.momentum) * mean
 
+    def _view(self, piece: Piece, tensor: Tensor) -> Tensor:
+        """The part of a piece that this process holds, of a tensor shaped like its parameter."""
+        return piece.of(local(tensor), None if self._shards is None else self._held[piece.parameter])
+
     def _layout_for(self, present: tuple[bool, ...]) -> None:
         """Build the CSR table for the parameters that have a gradient; frozen ones are left out."""
         scored = [entry for entry, has in zip(self._scored_pieces, present, strict=True) if has]
-        shapes = []
+        shapes, places, offset = [], [], 0
         for piece, _ in scored:
-            view = piece.of(self._parameters[piece.parameter])
-            shapes.append((view.shape[0], view[0].numel() if view.ndim > 1 else 1))
+            parameter = self._parameters[piece.parameter]
+            view = piece.of(torch.empty(parameter.shape, device="meta"))
+            rows, cols = view.shape[0], view[0].numel() if view.ndim > 1 else 1
+            shapes.append((rows, cols))
+            first = piece.held(self._held[piece.parameter])[0] if view.ndim != 3 else 0
+            held = self._view(piece, parameter.detach()).shape[0]
+            places += [torch.arange(held) + offset + first, torch.arange(cols) + offset + rows]
+            offset += rows + cols
         indptr, indices = self.table.csr(scored, shapes)
         self._present = [piece for piece, _ in scored]
         self._fed = indptr.diff() > 0
         self._indptr, self._indices = indptr.to(self._device), indices.to(self._device)
+        self._places, self._workspace_size = torch.cat(places).to(self._device), offset
         self._layout = present
 
     @torch.no_grad()
@@ -233,12 +249,21 @@ class NViTPruner:
         self._fresh = False
         if inv_scale is not None and not isinstance(inv_scale, Tensor):
             inv_scale = torch.tensor(float(inv_scale), dtype=torch.float32, device=self._device)
-        pairs = [self._parameters[piece.parameter] for piece in self._present]
+        parameters = [self._parameters[piece.parameter] for piece in self._present]
         workspace = ops.implementation("saliency_rowcol", self._device)(
-            [piece.of(p.detach()) for piece, p in zip(self._present, pairs, strict=True)],
-            [piece.of(p.grad) for piece, p in zip(self._present, pairs, strict=True) if p.grad is not None],
+            [self._view(piece, p.detach()) for piece, p in zip(self._present, parameters, strict=True)],
+            [
+                self._view(piece, p.grad)
+                for piece, p in zip(self._present, parameters, strict=True)
+                if p.grad is not None
+            ],
             inv_scale=inv_scale,
         )
+        if self._shards is not None:
+            # The sums are signed: a unit spread over processes must be whole before it is squared.
+            parts, workspace = workspace, workspace.new_zeros(self._workspace_size)
+            workspace[self._places] = parts
+            torch.distributed.all_reduce(workspace, group=self._shards)
         ops.implementation("saliency_commit_", self._device)(
             self._acc,
             self._counts,
@@ -484,14 +509,18 @@ class NViTPruner:
         states = {} if optimizer is None else optimizer.state
         for piece, row, col in self._masked:
             parameter = self._parameters[piece.parameter]
+            own = row
+            if row is not None and self._shards is not None:
+                first, last = piece.held(self._held[piece.parameter])
+                own = row[first:last]
             for tensor in (
                 parameter.detach(),
                 parameter.grad,
                 *states.get(parameter, {}).values(),
             ):
                 if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape == parameter.shape:
-                    tensors.append(piece.of(tensor))
-                    rows.append(row)
+                    tensors.append(self._view(piece, tensor))
+                    rows.append(own)
                     cols.append(col)
         if tensors:
             ops.implementation("structured_zero_", self._device)(tensors, rows, cols)
@@ -513,13 +542,20 @@ class NViTPruner:
 
         Returns:
             A :class:`PrunedVisionTransformer` or its distilled twin on the model's device, in its dtype and
-            mode. The masked model is not changed.
+            mode; whole on each process, also where the masked model is split. The masked model is not
+            changed.
 
         Raises:
             ValueError: the optimizer holds none of the model's parameters.
+            NotImplementedError: an optimizer is given for a model that is split over processes.
         """
         if optimizer is not None:
             self._check_optimizer(optimizer)
+            if self._shards is not None:
+                raise NotImplementedError(
+                    "NViTPruner.compact: `optimizer` must be None for a model split over processes. Compact, "
+                    "split the new model with fully_shard, and make its optimizer."
+                )
         self.rezero(optimizer)
         return compact_model(self.model, self.table, self._alive, optimizer, ln_fix)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvitfast.models.config import unwrap
+from pyvitfast.models.modules import unwrap
 
 _TILE = 16
 

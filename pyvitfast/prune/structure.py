@@ -9,14 +9,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pyvitfast.models.architecture import Config, Dims
 from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.swin_config import SwinConfig
+from pyvitfast.models.swin_transformer import SwinDims
 from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 
 Axis = tuple[str, int]
 
-# The units that an axis of a weight matrix runs over: an attention row is one head and one of its dims.
+# The units that an axis of a weight matrix runs over: an attention row is one head and one of its dims, and
+# Swin's patch merging puts four tokens' channels side by side.
 _KINDS_OF_AXIS = {
     "embed": ("embed",),
+    "merge": ("embed",),
+    "head": ("head",),
     "qk": ("head", "qk"),
     "v": ("head", "v"),
     "mlp": ("mlp",),
@@ -28,18 +34,16 @@ _SMALL_EMBED = 128
 
 @dataclass(frozen=True)
 class Structure:
-    """Consecutive units of one kind: ``start`` is the index of the first one among all units of the model."""
+    """Consecutive units of one kind, such as ``embed`` or ``blocks.3.qk``.
 
+    ``start`` is the index of the first one among all units of the model.
+    """
+
+    name: str
     kind: str
-    block: int
     start: int
     size: int
     group_size: int
-
-    @property
-    def name(self) -> str:
-        """``embed`` or, for instance, ``blocks.3.qk``."""
-        return self.kind if self.kind == "embed" else f"blocks.{self.block}.{self.kind}"
 
     @property
     def stop(self) -> int:
@@ -62,11 +66,22 @@ class Piece:
     stop: int | None = None
     is_norm_weight: bool = False
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor shaped like the parameter: a view of rank 1 or 2, of rank 4 for a kernel."""
+    def of(self, tensor: Tensor, held: tuple[int, int] | None = None) -> Tensor:
+        """This piece of a tensor shaped like the parameter: a view of rank 1 or 2, of rank 4 for a kernel.
+
+        With ``held``, ``tensor`` is the part of dimension 0 between these two indices.
+        """
         if tensor.ndim == 3:  # tokens and position embedding [1, N, E]
             return tensor.view(-1, tensor.shape[-1])
+        if held is not None:
+            low, high = self.held(held)
+            return tensor[low + self.start - held[0] : high + self.start - held[0]]
         return tensor if self.stop is None else tensor[self.start : self.stop]
+
+    def held(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """Which of this piece's rows lie between two indices of the parameter's dimension 0."""
+        low, high = max(rows[0], self.start), rows[1] if self.stop is None else min(rows[1], self.stop)
+        return (low - self.start, high - self.start) if low < high else (rows[0] - self.start,) * 2
 
 
 def group_size(kind: str, size: int, embed_dim: int) -> int:
@@ -83,13 +98,38 @@ def group_size(kind: str, size: int, embed_dim: int) -> int:
     return group
 
 
-def _pieces(config: ViTConfig) -> Iterator[Piece]:
+def block_pieces(
+    block: str, i: int, dims: BlockDims, embed: Axis, qkv_bias: bool, proj_bias: bool
+) -> Iterator[Piece]:
+    """The pieces of attention and MLP of the ``i``-th block, whose parameters start with ``block``."""
+    mlp = ("mlp", i)
+    qk, v = dims.heads * dims.qk_dim, dims.heads * dims.v_dim
+    bounds = pairwise((0, qk, 2 * qk, 2 * qk + v))
+    summed = ({"head", "qk"}, {"head"}, {"head", "v"})
+    for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
+        rows = (axis, i)
+        both = frozenset({"embed", *kinds})
+        yield Piece(f"{block}.attn.qkv.weight", rows, embed, both, start, stop)
+        if qkv_bias:
+            yield Piece(f"{block}.attn.qkv.bias", rows, None, frozenset(kinds), start, stop)
+    yield Piece(f"{block}.attn.proj.weight", embed, ("v", i), frozenset({"embed"}))
+    yield Piece(f"{block}.mlp.fc1.weight", mlp, embed, frozenset({"embed", "mlp"}))
+    yield Piece(f"{block}.mlp.fc2.weight", embed, mlp, frozenset({"embed"}))
+    if proj_bias:
+        yield Piece(f"{block}.attn.proj.bias", embed, None, frozenset({"embed"}))
+        yield Piece(f"{block}.mlp.fc1.bias", mlp, None, frozenset({"mlp"}))
+        yield Piece(f"{block}.mlp.fc2.bias", embed, None, frozenset({"embed"}))
+
+
+def norm_pieces(name: str, axis: Axis, kinds: frozenset[str] = frozenset()) -> Iterator[Piece]:
+    """Weight and bias of a LayerNorm."""
+    yield Piece(f"{name}.weight", axis, None, kinds, is_norm_weight=True)
+    yield Piece(f"{name}.bias", axis, None, kinds)
+
+
+def _vit_pieces(config: ViTConfig) -> Iterator[Piece]:
     embed: Axis = ("embed", -1)
     none: frozenset[str] = frozenset()
-
-    def norm(name: str) -> Iterator[Piece]:
-        yield Piece(f"{name}.weight", embed, None, none, is_norm_weight=True)
-        yield Piece(f"{name}.bias", embed, None, none)
 
     yield Piece("patch_embed.proj.weight", embed, None, frozenset({"embed"}))
     if not config.pre_norm:
@@ -104,55 +144,77 @@ def _pieces(config: ViTConfig) -> Iterator[Piece]:
         if present:
             yield Piece(name, None, embed, none)
     if config.pre_norm:
-        yield from norm("norm_pre")
+        yield from norm_pieces("norm_pre", embed)
     for i, dims in enumerate(config.dims.blocks):
-        block, mlp = f"blocks.{i}", ("mlp", i)
-        yield from norm(f"{block}.norm1")
-        qk, v = dims.heads * dims.qk_dim, dims.heads * dims.v_dim
-        bounds = pairwise((0, qk, 2 * qk, 2 * qk + v))
-        summed = ({"head", "qk"}, {"head"}, {"head", "v"})
-        for (start, stop), axis, kinds in zip(bounds, ("qk", "qk", "v"), summed, strict=True):
-            yield Piece(
-                f"{block}.attn.qkv.weight",
-                (axis, i),
-                embed,
-                frozenset({"embed", *kinds}),
-                start,
-                stop,
-            )
-            if config.qkv_bias:
-                yield Piece(
-                    f"{block}.attn.qkv.bias",
-                    (axis, i),
-                    None,
-                    frozenset(kinds),
-                    start,
-                    stop,
-                )
-        yield Piece(f"{block}.attn.proj.weight", embed, ("v", i), frozenset({"embed"}))
-        yield from norm(f"{block}.norm2")
-        yield Piece(f"{block}.mlp.fc1.weight", mlp, embed, frozenset({"embed", "mlp"}))
-        yield Piece(f"{block}.mlp.fc2.weight", embed, mlp, frozenset({"embed"}))
-        if config.proj_bias:
-            yield Piece(f"{block}.attn.proj.bias", embed, None, frozenset({"embed"}))
-            yield Piece(f"{block}.mlp.fc1.bias", mlp, None, frozenset({"mlp"}))
-            yield Piece(f"{block}.mlp.fc2.bias", embed, None, frozenset({"embed"}))
+        block = f"blocks.{i}"
+        yield from norm_pieces(f"{block}.norm1", embed)
+        yield from block_pieces(block, i, dims, embed, config.qkv_bias, config.proj_bias)
+        yield from norm_pieces(f"{block}.norm2", embed)
         if config.init_values is not None:
             yield Piece(f"{block}.ls1.gamma", embed, None, none)
             yield Piece(f"{block}.ls2.gamma", embed, None, none)
     if config.final_norm:
-        yield from norm("fc_norm" if config.fc_norm else "norm")
+        yield from norm_pieces("fc_norm" if config.fc_norm else "norm", embed)
     if config.num_classes:
         yield Piece("head.weight", None, embed, none)
         if config.distilled:
             yield Piece("head_dist.weight", None, embed, none)
 
 
+def _swin_pieces(config: SwinConfig) -> Iterator[Piece]:
+    none: frozenset[str] = frozenset()
+    stream = frozenset({"embed"})
+    first: Axis = ("embed", 0)
+    yield Piece("patch_embed.proj.weight", first, None, none)
+    yield Piece("patch_embed.proj.bias", first, None, none)
+    # The norm, not the convolution before it, writes to the residual stream.
+    yield from norm_pieces("patch_embed.norm", first, stream)
+    number = 0
+    for s, stage in enumerate(config.dims.stages):
+        embed = ("embed", s)
+        if s:
+            merged = ("merge", s - 1)
+            yield from norm_pieces(f"layers.{s}.downsample.norm", merged)
+            yield Piece(f"layers.{s}.downsample.reduction.weight", embed, merged, stream)
+        for j, dims in enumerate(stage):
+            block = f"layers.{s}.blocks.{j}"
+            yield from norm_pieces(f"{block}.norm1", embed)
+            yield Piece(f"{block}.attn.relative_position_bias_table", None, ("head", number), none)
+            yield from block_pieces(block, number, dims, embed, config.qkv_bias, True)
+            yield from norm_pieces(f"{block}.norm2", embed)
+            number += 1
+    yield from norm_pieces("norm", embed)
+    if config.num_classes:
+        yield Piece("head.fc.weight", None, embed, none)
+
+
+def _structures(config: Config) -> Iterator[tuple[Axis, str, int]]:
+    """Axis, name and size of all structures."""
+
+    def of_block(number: int, name: str, dims: BlockDims) -> Iterator[tuple[Axis, str, int]]:
+        sizes = {"head": dims.heads, "qk": dims.qk_dim, "v": dims.v_dim, "mlp": dims.mlp}
+        for kind, size in sizes.items():
+            yield (kind, number), f"{name}.{kind}", size
+
+    if isinstance(config, ViTConfig):
+        yield ("embed", -1), "embed", config.dims.embed_dim
+        for i, dims in enumerate(config.dims.blocks):
+            yield from of_block(i, f"blocks.{i}", dims)
+        return
+    for s, width in enumerate(config.dims.embed_dims):
+        yield ("embed", s), f"layers.{s}.embed", width
+    number = 0
+    for s, stage in enumerate(config.dims.stages):
+        for j, dims in enumerate(stage):
+            yield from of_block(number, f"layers.{s}.blocks.{j}", dims)
+            number += 1
+
+
 class UnitTable:
     """All structures of a model, and all pieces of its parameters that go with them.
 
-    Units are numbered: residual channels first, then for each block heads, query/key dims, value dims, MLP
-    units. The class heads' rows and biases belong to no unit.
+    Units are numbered: residual channels first (of each stage), then for each block heads, query/key dims,
+    value dims, MLP units. The class heads' rows and biases belong to no unit.
 
     Args:
         config: architecture of the model.
@@ -162,30 +224,27 @@ class UnitTable:
         NViT (Yang et al., CVPR 2023), section 3.1.
     """
 
-    def __init__(self, config: ViTConfig, group_sizes: dict[str, int] | None = None) -> None:
-        self.config = config
-        self.pieces = tuple(_pieces(config))
+    def __init__(self, config: Config, group_sizes: dict[str, int] | None = None) -> None:
+        self.config: Config = config
+        self.pieces = tuple(_swin_pieces(config) if isinstance(config, SwinConfig) else _vit_pieces(config))
         self.structures: dict[Axis, Structure] = {}
-        sizes: dict[Axis, int] = {("embed", -1): config.dims.embed_dim}
-        for i, d in enumerate(config.dims.blocks):
-            sizes |= {
-                ("head", i): d.heads,
-                ("qk", i): d.qk_dim,
-                ("v", i): d.v_dim,
-                ("mlp", i): d.mlp,
-            }
+        widest = max(config.dims.embed_dims)
         self.count = 0
-        for (kind, block), size in sizes.items():
-            group = (group_sizes or {}).get(kind) or group_size(kind, size, config.dims.embed_dim)
-            self.structures[kind, block] = Structure(kind, block, self.count, size, group)
+        for axis, name, size in _structures(config):
+            group = (group_sizes or {}).get(axis[0]) or group_size(axis[0], size, widest)
+            self.structures[axis] = Structure(name, axis[0], self.count, size, group)
             self.count += size
+
+    def _own(self, axis: Axis) -> Structure:
+        kind, index = axis
+        return self.structures["embed" if kind == "merge" else kind, index]
 
     def units(self, axis: Axis, kind: str) -> Tensor:
         """The unit of ``kind`` at each index of an axis, int64."""
         name, block = axis
-        own = self.structures[axis]
+        own = self._own(axis)
         if name not in ("qk", "v"):
-            return torch.arange(own.start, own.stop)
+            return torch.arange(own.start, own.stop).repeat(4 if name == "merge" else 1)
         head = self.structures["head", block]
         if kind == "head":
             return torch.arange(head.start, head.stop).repeat_interleave(own.size)
@@ -236,22 +295,28 @@ class UnitTable:
 
     def alive(self, axis: Axis, alive: Tensor) -> Tensor:
         """Mask of an axis of a weight matrix, from the mask [U] of all units."""
-        own = self.structures[axis]
+        own = self._own(axis)
         mask = alive[own.start : own.stop]
+        if axis[0] == "merge":
+            mask = mask.repeat(4)  # timm flattens (column, row, channel), channels fastest
         if axis[0] in ("qk", "v"):
             head = self.structures["head", axis[1]]
             mask = (alive[head.start : head.stop, None] & mask).flatten()  # [H, D] -> [H * D]
         return mask
 
-    def dims(self, alive: Tensor) -> ViTDims:
+    def dims(self, alive: Tensor) -> Dims:
         """Widths that are left under the mask [U]."""
         sums = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)]).tolist()
         left = {key: sums[s.stop] - sums[s.start] for key, s in self.structures.items()}
-        blocks = tuple(
-            BlockDims(left["head", i], left["qk", i], left["v", i], left["mlp", i])
-            for i in range(len(self.config.dims.blocks))
-        )
-        return ViTDims(left["embed", -1], blocks)
+
+        def block(i: int) -> BlockDims:
+            return BlockDims(left["head", i], left["qk", i], left["v", i], left["mlp", i])
+
+        if isinstance(self.config, ViTConfig):
+            return ViTDims(left["embed", -1], tuple(map(block, range(len(self.config.dims.blocks)))))
+        numbers = iter(range(len(self.config.dims.blocks)))
+        stages = tuple(tuple(block(next(numbers)) for _ in stage) for stage in self.config.dims.stages)
+        return SwinDims(tuple(left["embed", s] for s in range(len(stages))), stages)
 
     def removable(self, structure: Structure, candidates: int, left: int) -> int:
         """How many groups may still go, with at least one group kept."""
@@ -260,7 +325,7 @@ class UnitTable:
             min(candidates // structure.group_size, (left - 1) // structure.group_size),
         )
 
-    def floor(self) -> ViTDims:
+    def floor(self) -> Dims:
         """The smallest widths that removal can reach."""
         alive = torch.ones(self.count, dtype=torch.bool)
         for s in self.structures.values():

@@ -95,7 +95,7 @@ def widths(path: Path, before: ModelSummary, after: ModelSummary) -> None:
             axes.set_xticks(range(0, count, max(1, count // 12)))
             axes.set_xlabel("block")
         axes = figure.add_subplot(grid[:, 2])
-        _pairs(axes, [before.embed_dim or 0], [after.embed_dim or 0])
+        _pairs(axes, before.embed_dims, after.embed_dims)
         axes.set_title("EMB width", loc="left")
         axes.set_xticks([])
         handles, names = axes.get_legend_handles_labels()

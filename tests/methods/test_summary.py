@@ -49,7 +49,7 @@ def test_pruned_model_agrees_with_the_counter():
     assert found.macs + zeros == counted(model, (1, 8, 12))
     assert found.params == sum(p.numel() for p in model.parameters())
     assert found.blocks == dims.blocks
-    assert found.embed_dim == 24
+    assert found.embed_dims == (24,)
     assert found.input_size == (1, 8, 12)
 
 

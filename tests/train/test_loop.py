@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from timm.layers import DropPath
 
 import pyvitfast as vf
 from pyvitfast.train import Settings, UserError, resolve, train
@@ -164,3 +165,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 def test_the_model_learns(tmp_path: Path) -> None:
     # A fifth of the recipe's epochs; all 30 reach about 95 %.
     assert run(tiny(epochs=6, batch_size=50), tmp_path / "o")[-1]["model"]["top1"] > 50
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_noise_stops_with_the_first_removal_where_the_stage_wants_it(tmp_path: Path, noise: bool) -> None:
+    """The released code of NViT switches the student to eval mode then; norms of a ViT do not care."""
+    loop, model = make_loop(tiny(drop_path=0.2, interval=4, groups_per_step=8), tmp_path / "o")
+    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout | DropPath)]
+    assert any(isinstance(m, DropPath) for m in drops)
+    seen = []
+    original = loop._update
+
+    def update(running):
+        seen.append((bool(running.pruner.history), any(m.training for m in drops), model.training))
+        original(running)
+
+    loop._update = update
+    pruner = runs.make_pruner(model, loop.settings)
+    loop.run(Stage("prune", 1e-4, None, noise), model, pruner)
+    assert {removed for removed, *_ in seen} == {False, True}
+    for removed, noisy, training in seen:
+        assert training and noisy == (noise or not removed)

@@ -1,0 +1,338 @@
+"""NViT pruning of Swin Transformers: units of stages and blocks, compaction, files."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyvitfast as vf
+from pyvitfast.models import BlockDims, PrunedSwinTransformer, SwinConfig, SwinDims
+from pyvitfast.prune import LatencyTable, NViTPruner
+
+HEADS, WIDTH = (2, 4), 8
+NO_EMBED = {"embed": 1000}  # more than there are, so none is removable
+
+
+@pytest.fixture
+def swin():
+    """Makes Swins with shifted windows, padding (9 tokens by windows of 4) and weights far from 0 and 1."""
+
+    def make(double=True, seed=0, img_size=18, **changes):
+        torch.manual_seed(seed)
+        model = SwinTransformer(
+            img_size=img_size,
+            patch_size=2,
+            in_chans=1,
+            num_classes=10,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=HEADS,
+            window_size=4,
+            drop_path_rate=0.0,
+            **changes,
+        )
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return model.double() if double else model
+
+    return make
+
+
+@pytest.fixture
+def images():
+    def make(count=4, seed=0, side=18, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, 1, side, side, generator=generator, dtype=dtype)
+        return x, torch.randint(10, (count,), generator=generator)
+
+    return make
+
+
+def prune_at_random(model, target=0.5, seed=0, **settings):
+    pruner = NViTPruner(model, target=target, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    while not pruner.done:
+        scores = torch.rand(pruner.table.count, generator=generator)
+        for s in pruner.structures:
+            scores[s.start : s.stop] /= s.group_size
+        pruner.prune_once(scores)
+    return pruner
+
+
+def test_scores_are_squared_gate_gradients(swin, images):
+    """Gates on activations, all 1, against the sums over weights."""
+    model, (x, y) = swin(), images()
+    pruner = NViTPruner(model)
+    F.cross_entropy(model(x), y).backward()
+    pruner.score()
+    gates = {s.name: torch.ones(s.size, dtype=torch.float64, requires_grad=True) for s in pruner.structures}
+    handles = []
+
+    def after(module, function):
+        handles.append(module.register_forward_hook(lambda m, a, out: function(out)))
+
+    def before(module, function):
+        handles.append(module.register_forward_pre_hook(lambda m, a: (function(a[0]),)))
+
+    after(model.patch_embed.norm, lambda out: out * gates["layers.0.embed"])
+    for s, stage in enumerate(model.layers):
+        e = gates[f"layers.{s}.embed"]
+        if s:
+            past = gates[f"layers.{s - 1}.embed"]
+            after(stage.downsample.reduction, lambda out, e=e: out * e)
+            before(stage.downsample.reduction, lambda a, past=past: a * past.repeat(4))
+        for j, block in enumerate(stage.blocks):
+            own = {k: gates[f"layers.{s}.blocks.{j}.{k}"] for k in ("head", "qk", "v", "mlp")}
+
+            def qkv(out, own=own, heads=HEADS[s]):
+                parts = []
+                for part, dim in zip(out.chunk(3, -1), ("qk", None, "v")):
+                    part = part.view(*part.shape[:-1], heads, WIDTH) * own["head"][:, None]
+                    parts.append((part * own[dim] if dim else part).flatten(-2))
+                return torch.cat(parts, -1)
+
+            before(block.attn.qkv, lambda a, e=e: a * e)
+            after(block.attn.qkv, qkv)
+            after(block.attn.proj, lambda out, e=e: out * e)
+            before(block.mlp.fc1, lambda a, e=e: a * e)
+            after(block.mlp.fc1, lambda out, own=own: out * own["mlp"])
+            after(block.mlp.fc2, lambda out, e=e: out * e)
+    F.cross_entropy(model(x), y).backward()
+    for handle in handles:
+        handle.remove()
+    assert [s.name for s in pruner.structures][:4] == [
+        "layers.0.embed",
+        "layers.1.embed",
+        "layers.0.blocks.0.head",
+        "layers.0.blocks.0.qk",
+    ]
+    for s in pruner.structures:
+        found = pruner.unit_scores[s.start : s.stop]
+        torch.testing.assert_close(found, gates[s.name].grad ** 2, rtol=1e-8, atol=1e-20, msg=s.name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"global_pool": "max"}, {"window_size": 9}])
+def test_masked_equals_compact_without_channel_pruning(swin, images, changes):
+    if "window_size" in changes:  # one window, no shift
+        torch.manual_seed(0)
+        model = SwinTransformer(
+            img_size=18, patch_size=2, in_chans=1, embed_dim=16, depths=(2, 2), num_heads=HEADS, window_size=9
+        ).double()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    else:
+        model = swin(**changes)
+    model.eval()
+    pruner = prune_at_random(model, group_sizes=NO_EMBED)
+    kinds = {r["structure"].split(".")[-1] for entry in pruner.history for r in entry["removed"]}
+    assert kinds == {"head", "qk", "v", "mlp"}
+    slim = pruner.compact()
+    x, _ = images()
+    torch.testing.assert_close(slim(x), model(x), rtol=1e-12, atol=1e-12)
+    assert slim.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_shift_of_windows_matters_to_that_comparison(swin, images):
+    model = swin().eval()
+    slim = prune_at_random(model, group_sizes=NO_EMBED).compact()
+    shifted = [b for stage in slim.layers for b in stage.blocks if any(b.shift_size)]
+    assert len(shifted) == 2 and all(b.attn_mask is not None for b in shifted)
+    x, _ = images()
+    expected = slim(x)
+    for block in shifted:
+        block.attn_mask = torch.zeros_like(block.attn_mask)
+    assert (slim(x) - expected).abs().max() > 1e-3
+
+
+def test_channels_of_a_stage_are_cut_as_by_norms_over_alive_channels(swin, images):
+    model = swin().eval()
+    pruner = prune_at_random(model, 0.3, group_sizes={"mlp": 1000, "head": 1000, "qk": 1000, "v": 1000})
+    first, second = pruner.dims.embed_dims
+    assert first < 16 and second < 32
+    slim = pruner.compact(ln_fix=False)
+    alive = [pruner.masks["layers.0.embed"], pruner.masks["layers.1.embed"]]
+
+    def norm_over(mask):
+        def hook(module, inputs, output):
+            out = torch.zeros_like(output)
+            weight, bias = module.weight[mask], module.bias[mask]
+            out[..., mask] = F.layer_norm(inputs[0][..., mask], weight.shape, weight, bias, module.eps)
+            return out
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            if name == "layers.1.downsample.norm":
+                mask = torch.cat([alive[0]] * 4)
+            else:
+                mask = alive[1] if name.startswith("layers.1") or name == "norm" else alive[0]
+            module.register_forward_hook(norm_over(mask))
+    x, _ = images()
+    torch.testing.assert_close(slim(x), model(x), rtol=1e-10, atol=1e-10)
+    fixed = pruner.compact()
+    for name, factor in (("layers.1.downsample.norm", 16 / first), ("norm", 32 / second)):
+        found, plain = fixed.get_submodule(name).weight, slim.get_submodule(name).weight
+        torch.testing.assert_close(found, plain * factor**0.5)
+
+
+def test_permuting_units_permutes_scores(swin, images):
+    model, (x, y) = swin(), images()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    other = copy.deepcopy(model)
+    mlp = other.layers[0].blocks[1].mlp
+    for parameter in (mlp.fc1.weight, mlp.fc1.bias):
+        parameter.data = parameter.data[order]
+    mlp.fc2.weight.data = mlp.fc2.weight.data[:, order]
+    attn, heads = other.layers[1].blocks[1].attn, torch.tensor([2, 0, 3, 1])
+    rows = (heads[:, None] * WIDTH + torch.arange(WIDTH)).flatten()
+    attn.qkv.weight.data = torch.cat([attn.qkv.weight.data[rows + 32 * t] for t in range(3)])
+    attn.qkv.bias.data = torch.cat([attn.qkv.bias.data[rows + 32 * t] for t in range(3)])
+    attn.proj.weight.data = attn.proj.weight.data[:, rows]
+    attn.relative_position_bias_table.data = attn.relative_position_bias_table.data[:, heads]
+    torch.testing.assert_close(other(x), model(x))
+    found = []
+    for each in (model, other):
+        pruner = NViTPruner(each)
+        F.cross_entropy(each(x), y).backward()
+        pruner.score()
+        found.append({s.name: pruner.unit_scores[s.start : s.stop] for s in pruner.structures})
+    assert found[0].keys() == found[1].keys()
+    permuted = {"layers.0.blocks.1.mlp": order, "layers.1.blocks.1.head": heads}
+    for name, scores in found[0].items():
+        expected = scores[permuted[name]] if name in permuted else scores
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-7, atol=1e-18, msg=name)
+
+
+def test_pruning_while_training(swin, images):
+    """Pruned places stay exactly 0, the budget is met, and the optimizer goes on with the small model."""
+    model = swin(double=False).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
+    pruner = NViTPruner(model, target=0.5, interval=2, groups_per_step=4)
+    step = 0
+    while not pruner.done:
+        x, y = images(8, step, dtype=torch.float32)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        pruner.step(optimizer)
+        step += 1
+    alive = pruner.masks["layers.0.blocks.1.mlp"]
+    assert not alive.all()
+    assert (model.layers[0].blocks[1].mlp.fc2.weight[:, ~alive] == 0).all()
+    dense = vf.summary(swin(double=False))
+    slim = pruner.compact(optimizer)
+    found = vf.summary(slim)
+    assert found.macs <= 0.5 * dense.macs and found.blocks == pruner.dims.blocks
+    assert pruner.fraction == pytest.approx(found.macs / dense.macs)
+    x, y = images(8, 99, dtype=torch.float32)
+    before = slim.head.fc.weight.clone()
+    F.cross_entropy(slim(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(before, slim.head.fc.weight)
+    state = optimizer.state[slim.layers[1].downsample.reduction.weight]
+    assert state["exp_avg"].shape == slim.layers[1].downsample.reduction.weight.shape
+
+
+def test_files_and_timm_methods(swin, images, tmp_path):
+    slim = prune_at_random(swin(double=False).eval(), 0.5).compact().eval()
+    assert type(slim) is PrunedSwinTransformer
+    vf.save(slim, tmp_path / "swin.safetensors")
+    again = vf.load(tmp_path / "swin.safetensors")
+    x, _ = images(dtype=torch.float32)
+    assert type(again) is PrunedSwinTransformer and torch.equal(again(x), slim(x))
+    assert SwinConfig.from_model(again) == SwinConfig.from_model(slim)
+    features = slim.forward_features(x)
+    assert features.shape == (4, 5, 5, slim.num_features)
+    torch.testing.assert_close(slim.forward_head(features), slim(x))
+    widths = SwinConfig.from_model(slim).dims.embed_dims
+    assert [f.shape[1] for f in slim.forward_intermediates(x, intermediates_only=True)] == list(widths)
+    assert [info["num_chs"] for info in slim.feature_info] == list(widths)
+    slim.reset_classifier(3)
+    assert slim(x).shape == (4, 3) and slim.get_classifier().out_features == 3
+    second = prune_at_random(again, 0.6)
+    assert vf.summary(second.compact()).macs < vf.summary(again).macs
+
+
+def test_resuming_and_configs(swin):
+    model = swin()
+    first = prune_at_random(model, 0.7)
+    second = NViTPruner(swin(), target=0.7)
+    second.load_state_dict(first.state_dict())
+    assert second.dims == first.dims
+    config = SwinConfig.from_model(model)
+    assert SwinConfig.from_dict(config.to_dict()) == config
+    assert SwinDims.from_dict(first.dims.to_dict()) == first.dims
+    rebuilt = config.build().double().eval()
+    rebuilt.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_counts_agree_with_the_counter(swin, images, pruned):
+    model = swin(double=False).eval()
+    if pruned:
+        dims = SwinDims(
+            (12, 20), (((BlockDims(1, 4, 4, 24)), BlockDims(2, 6, 6, 8)), (BlockDims(3, 2, 2, 40),) * 2)
+        )
+        model = SwinConfig.from_model(model).prune(dims).build().eval()
+    found = vf.summary(model)
+    x, _ = images(1, dtype=torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert found.macs == counter.get_total_flops() / 2
+    assert found.params == SwinConfig.from_model(model).params()
+
+
+def test_swin_tiny_as_published():
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    config = SwinConfig.from_model(model)
+    assert config.params() == 28_288_354  # Swin paper: 28 M parameters, 4.5 G
+    assert round(config.macs() / 1e9, 1) == 4.5
+    pruner = NViTPruner(model)
+    groups = {
+        kind: {s.group_size for s in pruner.structures if s.kind == kind} for kind in ("embed", "qk", "mlp")
+    }
+    assert groups == {"embed": {16}, "qk": {8}, "mlp": {16}}
+    heads = {s.name.split(".")[1]: s.group_size for s in pruner.structures if s.kind == "head"}
+    assert heads == {"0": 1, "1": 2, "2": 2, "3": 2}  # three heads cannot go in twos
+
+
+def test_compile_whole(swin, images):
+    slim = prune_at_random(swin(double=False).eval(), 0.5).compact().eval()
+    x, _ = images(dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(slim, fullgraph=True, backend="aot_eager")(x), slim(x), rtol=1e-4, atol=1e-5
+        )
+
+
+class TestRefused:
+    def test_second_version(self):
+        model = SwinTransformerV2(img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(1, 1))
+        with pytest.raises(TypeError, match="SwinTransformerV2"):
+            NViTPruner(model)
+
+    def test_parts(self, swin):
+        model = swin()
+        model.layers[0].blocks[1].mlp.act = nn.ReLU()
+        with pytest.raises(NotImplementedError, match=r"layers\.0\.blocks\.1\.mlp: must be .*GELU"):
+            NViTPruner(model)
+        model = swin()
+        model.layers[1].blocks[0].norm1 = nn.RMSNorm(32)
+        with pytest.raises(NotImplementedError, match=r"norm1: must be a LayerNorm"):
+            NViTPruner(model)
+        model = swin()
+        model.extra = nn.Linear(2, 2)
+        with pytest.raises(NotImplementedError, match=r"parameters: must be \d+ for these widths"):
+            NViTPruner(model)
+
+    def test_latency(self, swin):
+        with pytest.raises(TypeError, match="VisionTransformer"):
+            LatencyTable.measure(swin())
