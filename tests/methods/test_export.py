@@ -65,6 +65,16 @@ def test_compiles_as_one_graph(model):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["compacted"], indirect=True)
+def test_inductor_takes_a_compacted_model_whole(model):
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        for count in (2, 5):
+            x = images(model, count)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @every_model
 def test_onnx_of_any_batch_from_a_loaded_checkpoint(model, tmp_path):
     vf.save(model, tmp_path / "m.safetensors")
