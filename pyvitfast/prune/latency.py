@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +16,19 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 from sklearn.isotonic import isotonic_regression
+from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from pyvitfast.models.architecture import Config
 from pyvitfast.models.checkpoint import write_atomically
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.modules import unwrap
-from pyvitfast.models.vision_transformer import BlockDims, ViTDims
-from pyvitfast.prune.structure import UnitTable
+from pyvitfast.models.vision_transformer import ViTDims
+from pyvitfast.prune.timing import AXES, Timer, bad, device_name, ends, grid_points, probe_dims
 
-AXES = ("embed_dim", "heads", "qk_dim", "v_dim", "mlp")
 FORMAT_VERSION = 1
-# Points of the automatic grid on each axis, the ends included.
-_POINTS = {"embed_dim": 5, "heads": 4, "qk_dim": 4, "v_dim": 4, "mlp": 8}
-_KINDS = {"embed_dim": "embed", "heads": "head", "qk_dim": "qk", "v_dim": "v", "mlp": "mlp"}
+# Seconds from which a point is timed three times only; the timer's noise is small against it.
+_SLOW = 0.1
 # What the time of a block or of the parts around the blocks depends on besides its widths.
 _FAMILY = (
     "img_size",
@@ -48,10 +45,6 @@ _FAMILY = (
 Array = NDArray[np.float64]
 
 
-def _bad(rule: str, got: object) -> ValueError:
-    return ValueError(f"LatencyTable: {rule}, got {got}.")
-
-
 def family_of(config: ViTConfig) -> dict[str, Any]:
     """What a table belongs to besides widths: image, patches, tokens, classes, layers."""
     found = {name: getattr(config, name) for name in _FAMILY}
@@ -60,17 +53,6 @@ def family_of(config: ViTConfig) -> dict[str, Any]:
         "patch_size": list(config.patch_size),
         "tokens": config.tokens()[1],
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The hardware behind ``device``, as its vendor calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def monotone(values: Array) -> Array:
@@ -122,14 +104,14 @@ class LatencyTable:
         grids: Any = self.grids
         if isinstance(grids, Mapping):
             if set(grids) != set(AXES):
-                raise _bad(f"`grids` must have the keys {', '.join(AXES)}", sorted(grids))
+                raise bad(f"`grids` must have the keys {', '.join(AXES)}", sorted(grids))
             grids = [grids[name] for name in AXES]
         if len(grids) != len(AXES):
-            raise _bad(f"`grids` must hold {len(AXES)} axes ({', '.join(AXES)})", len(grids))
+            raise bad(f"`grids` must hold {len(AXES)} axes ({', '.join(AXES)})", len(grids))
         for name, grid in zip(AXES, grids, strict=True):
             increasing = all(a < b for a, b in itertools.pairwise(grid))
             if len(grid) == 0 or not increasing or grid[0] < 0 or any(int(g) != g for g in grid):
-                raise _bad(f"`grids`: {name} must be increasing integers of at least 0", list(grid))
+                raise bad(f"`grids`: {name} must be increasing integers of at least 0", list(grid))
         object.__setattr__(self, "grids", tuple(tuple(int(g) for g in grid) for grid in grids))
         shape = tuple(len(grid) for grid in self.grids)
         checked = [("values", self.values, shape)]
@@ -139,9 +121,9 @@ class LatencyTable:
             array = given.numpy(force=True) if isinstance(given, Tensor) else given
             array = np.asarray(array, dtype=np.float64)
             if array.shape != expected:
-                raise _bad(f"`{name}` must have shape {list(expected)}", list(array.shape))
+                raise bad(f"`{name}` must have shape {list(expected)}", list(array.shape))
             if not np.isfinite(array).all() or (array < 0).any():
-                raise _bad(f"`{name}` must be finite and at least 0", "others")
+                raise bad(f"`{name}` must be finite and at least 0", "others")
             object.__setattr__(self, name, array)
 
     @classmethod
@@ -157,7 +139,7 @@ class LatencyTable:
             TypeError, NotImplementedError: it is not one, or has parts that cannot be described.
         """
         config = _config(model)
-        tokens, high = config.tokens()[1], _ends(config)[1]
+        tokens, high = config.tokens()[1], ends(config)[1]
         grids = tuple((0, high[name]) for name in AXES)
         e, h, qk, v, m = np.meshgrid(*(np.array(g, dtype=np.float64) for g in grids), indexing="ij")
         values = 2 * tokens * e * h * (qk + v) + tokens**2 * h * (qk + v) + 2 * tokens * e * m
@@ -174,13 +156,16 @@ class LatencyTable:
         dtype: torch.dtype | None = None,
         repeats: int = 7,
         clean: bool = True,
+        calibrate: bool = True,
         progress: bool = True,
     ) -> LatencyTable:
         """Time blocks of many widths on this machine.
 
         The attention half and the MLP half of a block share only the residual width, so each is timed on a
         grid of its own and the five-dimensional table is their sum. All points take turns, ``repeats``
-        times; each gets its median. Take care that nothing else runs.
+        times; each gets its median. In a model, blocks find other data in the caches than in a loop of their
+        own, so whole models of several sizes are timed as well, and the table is scaled, and each block
+        charged a constant, to fit them best. Take care that nothing else runs.
 
         Args:
             model: a timm Vision Transformer or one of ours; only its architecture is read.
@@ -190,8 +175,9 @@ class LatencyTable:
             grids: widths of some axes instead of the automatic ones, which go from one pruning group to the
                 model's width.
             dtype: of weights and images; by default the model's.
-            repeats: timings of each point, after a warm-up.
+            repeats: timings of each point, after a warm-up; at most 3 of those that take 0.1 s or more.
             clean: make the times monotone, since a wider block that seems faster is noise.
+            calibrate: fit the table to whole models; how far it is off then stands in ``measured["error"]``.
             progress: show a bar.
 
         Returns:
@@ -202,17 +188,20 @@ class LatencyTable:
             TypeError, NotImplementedError: as :meth:`from_macs`.
         """
         if batch_size < 1 or repeats < 1:
-            raise _bad("`batch_size` and `repeats` must be at least 1", f"{batch_size} and {repeats}")
+            raise bad("`batch_size` and `repeats` must be at least 1", f"{batch_size} and {repeats}")
         config = _config(model)
         where = torch.device(device)
         kind = dtype or next(unwrap(model).parameters()).dtype
-        points = _grids(config, grids or {})
-        timer = _Timer(config, where, kind, batch_size)
-        cells = [
+        points = grid_points(config, grids or {})
+        timer = Timer(config, where, kind, batch_size)
+        probes = probe_dims(config, points) if calibrate else []
+        cells: list[tuple[str, tuple[int, ...]]] = [
             *(("attn", p) for p in itertools.product(*points[:4])),
             *(("mlp", p) for p in itertools.product(points[0], points[4])),
             *(("rest", (e,)) for e in points[0]),
+            *(("whole", (i,)) for i in range(len(probes))),
         ]
+        timer.probes = probes
         times: list[list[float]] = [[] for _ in cells]
         with Progress(transient=True, disable=not progress) as bar:
             task = bar.add_task(f"latency table, {device_name(where)}", total=len(cells) * (repeats + 1))
@@ -223,9 +212,11 @@ class LatencyTable:
             for turn in range(repeats):
                 # Forth and back, so that a drift of the machine's speed does not follow the grid.
                 for i in range(len(cells))[:: 1 if turn % 2 == 0 else -1]:
-                    times[i].append(timer.seconds(*cells[i], calls[i]))
+                    if len(times[i]) < 3 or times[i][0] < _SLOW:
+                        times[i].append(timer.seconds(*cells[i], calls[i]))
                     bar.advance(task)
-        medians = iter(statistics.median(t) for t in times)
+        values = [statistics.median(t) for t in times]
+        medians = iter(values)
         shapes = [tuple(map(len, points[:4])), (len(points[0]), len(points[4])), (len(points[0]),)]
         parts = [np.fromiter(medians, np.float64, int(np.prod(s))).reshape(s) for s in shapes]
         attn, mlp, rest = (monotone(p) for p in parts) if clean else parts
@@ -238,12 +229,29 @@ class LatencyTable:
             "torch": str(torch.__version__),
             "repeats": repeats,
         }
-        return cls(
+        table = cls(
             points,
             attn[..., None] + mlp[:, None, None, None, :],
             rest=rest,
             family=family_of(config),
             measured=facts,
+        )
+        return table._fitted(probes, np.array(values[len(values) - len(probes) :])) if calibrate else table
+
+    def _fitted(self, probes: Sequence[ViTDims], times: Array) -> LatencyTable:
+        """The table with ``a T + b`` in place of T, to say of whole models what was measured."""
+        blocks = np.array([self.query(dims) - self._rest(dims.embed_dim) for dims in probes])
+        counts = np.array([len(dims.blocks) for dims in probes])
+        rest = np.array([self._rest(dims.embed_dim) for dims in probes])
+        # Divided by the times, so that a small model weighs as much as a large one.
+        fit = LinearRegression(positive=True, fit_intercept=False)
+        fit.fit(np.stack([blocks, counts], axis=1) / times[:, None], (times - rest) / times)
+        scale, constant = (float(c) for c in fit.coef_)
+        found = rest + scale * blocks + constant * counts
+        error = float(np.abs(found / times - 1).max())
+        facts = {"scale": scale, "constant": constant, "error": error}
+        return replace(
+            self, values=scale * self.values + constant, measured={**(self.measured or {}), **facts}
         )
 
     def query(self, dims: ViTDims) -> float:
@@ -322,7 +330,7 @@ class LatencyTable:
         try:
             version = data["format_version"]
             if version != FORMAT_VERSION:
-                raise _bad(f"format_version must be {FORMAT_VERSION}", version)
+                raise bad(f"format_version must be {FORMAT_VERSION}", version)
             rest = None if data["rest"] is None else np.array(data["rest"], dtype=np.float64)
             return cls(
                 data["grids"],
@@ -333,7 +341,7 @@ class LatencyTable:
                 data["measured"],
             )
         except (KeyError, TypeError) as error:
-            raise _bad("a stored table must be complete", repr(error)) from error
+            raise bad("a stored table must be complete", repr(error)) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, with the device it was measured on; whole or not at all."""
@@ -361,7 +369,7 @@ class LatencyTable:
     def _inside(self, points: Array) -> None:
         for axis, (name, grid) in enumerate(zip(AXES, self.grids, strict=True)):
             if (points[:, axis] > grid[-1]).any():
-                raise _bad(f"{name} must be at most {grid[-1]}, where the grid ends", points[:, axis].max())
+                raise bad(f"{name} must be at most {grid[-1]}, where the grid ends", points[:, axis].max())
 
     def _blocks(self, points: Array) -> Array:
         """Cost of blocks with the widths ``points`` [L, 5]; returns [L]."""
@@ -392,85 +400,3 @@ def _config(model: nn.Module) -> ViTConfig:
 def _points(dims: ViTDims) -> Array:
     rows = [(dims.embed_dim, b.heads, b.qk_dim, b.v_dim, b.mlp) for b in dims.blocks]
     return np.array(rows, dtype=np.float64).reshape(-1, len(AXES))
-
-
-def _ends(config: ViTConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """Smallest and largest width on each axis: one group of pruning, and the model's own."""
-    sizes: dict[str, list[tuple[int, int]]] = {}
-    for s in UnitTable(config).structures.values():
-        sizes.setdefault(s.kind, []).append((s.group_size, s.size))
-    low = {axis: min(group for group, _ in sizes[kind]) for axis, kind in _KINDS.items()}
-    high = {axis: max(size for _, size in sizes[kind]) for axis, kind in _KINDS.items()}
-    return low, high
-
-
-def _grids(config: ViTConfig, given: Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    if unknown := sorted(set(given) - set(AXES)):
-        raise _bad(f"`grids` must have keys out of {', '.join(AXES)}", unknown)
-    low, high = _ends(config)
-
-    def automatic(axis: str) -> Iterator[int]:
-        first, last = low[axis], high[axis]
-        for x in np.linspace(first, last, _POINTS[axis]):
-            yield min(last, max(1, round(float(x) / first)) * first)
-
-    return tuple(tuple(sorted({*(given.get(axis) or automatic(axis))})) for axis in AXES)
-
-
-class _Timer:
-    """Runs halves of blocks, and the model without blocks, on random images."""
-
-    def __init__(self, config: ViTConfig, device: torch.device, dtype: torch.dtype, batch: int) -> None:
-        self.config, self.device, self.dtype, self.batch = config, device, dtype, batch
-        self.tokens = config.tokens()[1]
-        self.store = torch.empty(0, device=device, dtype=dtype)
-        self.parts: dict[tuple[str, tuple[int, ...]], Callable[[], Tensor]] = {}
-
-    def _input(self, *shape: int) -> Tensor:
-        return torch.full((self.batch, *shape), 0.5, device=self.device, dtype=self.dtype)
-
-    def _model(self, embed: int, *blocks: BlockDims) -> Any:
-        config = self.config.prune(ViTDims(embed, blocks))
-        with torch.device("meta"):
-            model = replace(config, scales=config.scales[: len(blocks)]).build().eval()
-        for module in model.modules():
-            for name, meta in module.named_parameters(recurse=False):
-                # One storage for all weights: thousands of blocks with their own would not fit in memory.
-                if self.store.numel() < meta.numel():
-                    self.store = torch.full((meta.numel(),), 0.01, device=self.device, dtype=self.dtype)
-                weight = self.store[: meta.numel()].view(meta.shape)
-                setattr(module, name, nn.Parameter(weight, requires_grad=False))
-        return model
-
-    def _part(self, part: str, widths: tuple[int, ...]) -> Callable[[], Tensor]:
-        if part == "rest":
-            model = self._model(widths[0])
-            images = self._input(self.config.in_chans, *self.config.img_size)
-            return lambda: model(images)
-        x = self._input(self.tokens, widths[0])
-        if part == "mlp":
-            block = self._model(widths[0], BlockDims(1, 1, 1, widths[1])).blocks[0]
-            return lambda: x + block.ls2(block.mlp(block.norm2(x)))
-        block = self._model(widths[0], BlockDims(widths[1], widths[2], widths[3], 1)).blocks[0]
-        return lambda: x + block.ls1(block.attn(block.norm1(x)))
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def calls(self, part: str, widths: tuple[int, ...]) -> int:
-        """Build a part, warm it up, and say how many calls make a timing of a millisecond."""
-        self.parts[part, widths] = self._part(part, widths)
-        self.seconds(part, widths, 2)
-        return min(50, max(1, int(1e-3 / max(1e-7, self.seconds(part, widths, 1)))))
-
-    @torch.inference_mode()
-    def seconds(self, part: str, widths: tuple[int, ...], calls: int) -> float:
-        """Mean time of ``calls`` passes."""
-        run = self.parts[part, widths]
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        self._wait()
-        return (time.perf_counter() - start) / calls

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast.models import BlockDims, ViTConfig, ViTDims
 from pyvitfast.prune import LatencyTable, NViTPruner
-from pyvitfast.prune import latency as latency_module
 from pyvitfast.prune.latency import monotone
+from pyvitfast.prune.timing import Timer
 
 GRIDS = {
     "embed_dim": [0, 256, 512, 768],
@@ -174,8 +174,8 @@ class TestMeasure:
                 run()
             return float(counter.get_total_flops())
 
-        monkeypatch.setattr(latency_module._Timer, "seconds", flops)
-        monkeypatch.setattr(latency_module._Timer, "_wait", lambda timer: None)
+        monkeypatch.setattr(Timer, "seconds", flops)
+        monkeypatch.setattr(Timer, "_wait", lambda timer: None)
         grids = {
             "embed_dim": [16, 48],
             "heads": [1, 4],
@@ -184,7 +184,8 @@ class TestMeasure:
             "mlp": [64, 192],
         }
         model = micro(distilled)
-        table = LatencyTable.measure(model, batch_size=3, grids=grids, repeats=1, clean=False, progress=False)
+        raw = {"clean": False, "calibrate": False, "progress": False}
+        table = LatencyTable.measure(model, batch_size=3, grids=grids, repeats=1, **raw)
         config = ViTConfig.from_model(model)
         assert table.grids == tuple(map(tuple, grids.values()))
         for embed, heads, width, mlp in ((48, 4, 12, 192), (16, 1, 4, 64), (48, 1, 12, 64), (16, 4, 4, 192)):
@@ -193,6 +194,35 @@ class TestMeasure:
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 whole(torch.zeros(3, 1, 8, 8))
             assert table.query(dims) == counter.get_total_flops()
+
+    def test_whole_models_set_scale_and_constant(self, micro, monkeypatch):
+        """Whole models that take 1.5 times their parts and 7 seconds a block must be predicted so."""
+
+        def seconds(timer, part, widths, calls):
+            def blocks(dims):
+                return sum(dims.embed_dim * (b.heads * (2 * b.qk_dim + b.v_dim) + b.mlp) for b in dims.blocks)
+
+            if part == "rest":
+                return 100.0 + widths[0]
+            if part == "whole":
+                dims = timer.probes[widths[0]]
+                return 100.0 + dims.embed_dim + 1.5 * blocks(dims) + 7 * len(dims.blocks)
+            if part == "mlp":
+                return float(widths[0] * widths[1])
+            embed, heads, qk, v = widths
+            return float(embed * heads * (2 * qk + v))
+
+        monkeypatch.setattr(Timer, "seconds", seconds)
+        table = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False)
+        assert table.measured["scale"] == pytest.approx(1.5, rel=1e-6)
+        assert table.measured["constant"] == pytest.approx(7, rel=1e-6)
+        assert table.measured["error"] < 1e-9
+        dims = ViTDims(20, (BlockDims(3, 5, 7, 100),) * 2)
+        expected = 120 + 2 * (1.5 * 20 * (3 * 17 + 100) + 7)
+        assert table.query(dims) == pytest.approx(expected, rel=1e-9)
+        raw = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False, calibrate=False)
+        assert raw.query(dims) == pytest.approx(120 + 2 * 20 * (3 * 17 + 100), rel=1e-9)
+        assert "scale" not in raw.measured
 
     def test_times_are_monotone_and_the_grid_ends_at_the_model(self, micro):
         table = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False)
