@@ -181,11 +181,14 @@ class TestPeer:
 
     def test_search_keeps_the_best_and_all_it_tried(self, monkeypatch):
         monkeypatch.setattr(self.peer, "AXES", (({"steps": 1}, {"attention": "none"}), ({"embed": False},)))
+        monkeypatch.setattr(self.peer, "AGAIN", ())
         task = replace(TASKS["digits"], tuning_epochs=1)
-        found, tried = self.peer.search(task, [(small(), images())], False, [0.7], lambda text: None)
-        assert len(tried) == 4
-        kept = [entry for entry in tried if entry["setting"] == vars(found[0.7])]
+        found, tried = self.peer.search(task, [(small(), images())], False, [0.7, 0.6], lambda text: None)
+        assert [entry["budget"] for entry in tried] == [0.6] * 4
+        kept = [entry for entry in tried if entry["setting"] == vars(found[0.6])]
         assert kept[0]["accuracy"] == max(entry["accuracy"] for entry in tried)
+        assert list(found) == [0.7, 0.6]
+        assert found[0.7] == replace(found[0.6], steps=5)
 
 
 def test_command_line_refuses_contradictions():

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick and options.data not in (None, "digits"):
         parser.error(f"--quick runs digits only, got --data {options.data}")
     part = options.part or ("accuracy" if options.quick else "all")
+    if part != "latency" and find_spec("torch_pruning") is None:
+        parser.error("Torch-Pruning is missing: pip install 'pyvitfast[bench]', or use --part latency")
     chosen = options.data or ("digits" if options.quick else "all")
     start = time.perf_counter()
 

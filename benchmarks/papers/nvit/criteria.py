@@ -46,7 +46,7 @@ def accuracy(model: nn.Module, data: Images) -> float:
 
 def dense_model(task: Task, data: Images, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = VisionTransformer(
+    model: nn.Module = VisionTransformer(
         in_chans=1, num_classes=10, depth=4, num_heads=4, weight_init="reset", **task.model
     )
     train(model, task, data, task.epochs, task.lr, seed)

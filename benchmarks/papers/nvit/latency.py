@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,9 +30,7 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of a forward pass of each model; the models take turns."""
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-    runs: dict[str, Callable[[], Any]] = {
-        name: (lambda model=model: model(x)) for name, model in models.items()
-    }
+    runs: dict[str, Callable[[], Any]] = {name: partial(model, x) for name, model in models.items()}
     for model in models.values():
         model.eval()
     with torch.inference_mode():
@@ -145,9 +144,9 @@ def cpu_latency(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
         else:
             skipped.append(f"{name}: timm knows no such model in this version")
     for name in ("deit_tiny_patch16_224",) if quick else ("deit_tiny_patch16_224", "deit_small_patch16_224"):
-        family = families[name] = {name: timm.create_model(name)}
-        slim = pruned_at_random(timm.create_model(name), [0.75, 0.5, 0.25])
-        family.update({f"{name}, {share:.0%} of MACs": model for share, model in slim.items()})
+        families[name] = {name: timm.create_model(name)}
+        for share, slim in pruned_at_random(timm.create_model(name), [0.75, 0.5, 0.25]).items():
+            families[name][f"{name}, {share:.0%} of MACs"] = slim
     for family, models in families.items():
         for batch in (1, 8) if quick else (1, 32):
             times = medians(models, batch, (3, 224, 224), 10.0 if quick else 60.0)
