@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def run_task(task: Task, options: argparse.Namespace, progress: Callable[[str], 
             data = task.load(seed, options.data_dir).held_out(task.held_out)
             prepared.append((dense_model(task, data, seed), data))
         for peer, isomorphic in zip(PEERS, (False, True)):
-            settings[peer], tried = search(task, prepared, isomorphic, budgets, progress)
+            starts = [Setting(isomorphic)]
+            starts += [replace(found[0.4], isomorphic=isomorphic) for found in settings.values()]
+            settings[peer], tried = search(task, prepared, starts, budgets, progress)
             searched += tried
 
     results: Results = {

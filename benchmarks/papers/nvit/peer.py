@@ -55,7 +55,7 @@ class Setting:
 
 
 AXES: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"embed": True}, {"embed": False}),
+    tuple({"embed": embed, "steps": steps} for steps in (5, 1) for embed in (True, False)),
     tuple({"attention": a} for a in ("dims", "heads", "both", "half", "none")),
     (
         {"normalizer": "mean", "reduction": "mean", "multivariable": False},
@@ -195,14 +195,14 @@ def prune_peer(dense: nn.Module, data: Images, setting: Setting, budget: float, 
 def search(
     task: Task,
     prepared: list[tuple[nn.Module, Images]],
-    isomorphic: bool,
+    starts: list[Setting],
     budgets: list[float],
     progress: Callable[[str], None],
 ) -> tuple[dict[float, Setting], list[dict[str, Any]]]:
     """The best setting at each budget, and all that was tried.
 
-    From the library's defaults in 5 steps, one axis after the other is changed and the best is kept; at 40 %
-    along all axes, then at the other budgets from there along those of ``AGAIN``. Best is the mean accuracy
+    From the best of ``starts``, one axis after the other is changed and the best is kept; at 40 % along all
+    axes, then at the other budgets from there along those of ``AGAIN``. Best is the mean accuracy
     on held-out training images after finetuning; ``prepared`` holds models that never saw these images.
     """
     tried: list[dict[str, Any]] = []
@@ -238,7 +238,7 @@ def search(
             return known[setting]
 
         # Many steps are slow, so their number is the last axis and starts low again.
-        best = replace(first, steps=5) if first else Setting(isomorphic)
+        best = max([replace(first, steps=5)] if first else starts, key=score)
         for axis in AGAIN if first else AXES:
             best = max([best, *(replace(best, **change) for change in axis)], key=score)
         found[budget] = best
