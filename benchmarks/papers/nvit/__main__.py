@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,8 @@ def run_task(task: Task, options: argparse.Namespace, progress: Callable[[str], 
             data = task.load(seed, options.data_dir).held_out(task.held_out)
             prepared.append((dense_model(task, data, seed), data))
         for peer, isomorphic in zip(PEERS, (False, True)):
-            starts = [Setting(isomorphic)]
-            starts += [replace(found[0.4], isomorphic=isomorphic) for found in settings.values()]
-            settings[peer], tried = search(task, prepared, starts, budgets, progress)
+            other = settings.get(PEERS[0], {})
+            settings[peer], tried = search(task, prepared, isomorphic, budgets, other, progress)
             searched += tried
 
     results: Results = {
