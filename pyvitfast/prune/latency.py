@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 from sklearn.isotonic import isotonic_regression
-from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from pyvitfast.models.architecture import Config
@@ -27,8 +25,6 @@ from pyvitfast.models.vision_transformer import ViTDims
 from pyvitfast.prune.timing import AXES, Timer, bad, device_name, ends, grid_points, probe_dims
 
 FORMAT_VERSION = 1
-# Seconds from which a point is timed three times only; the timer's noise is small against it.
-_SLOW = 0.1
 # What the time of a block or of the parts around the blocks depends on besides its widths.
 _FAMILY = (
     "img_size",
@@ -82,6 +78,8 @@ class LatencyTable:
             increasing sequences of integers, or a mapping by these names.
         values: cost of one block at each point, [E, H, QK, V, M], finite and at least 0.
         rest: cost of everything around the blocks at each ``embed_dim`` of the grid, or None.
+        curve: sums as above, increasing, and what whole models with these sums cost, [2, P]; None takes the
+            sums as they are.
         unit: of the values.
         family: what the table belongs to; None fits any Vision Transformer.
         measured: where and how it was measured.
@@ -96,6 +94,7 @@ class LatencyTable:
     grids: tuple[tuple[int, ...], ...]
     values: Array
     rest: Array | None = None
+    curve: Array | None = None
     unit: str = "s"
     family: Mapping[str, Any] | None = None
     measured: Mapping[str, Any] | None = None
@@ -125,6 +124,12 @@ class LatencyTable:
             if not np.isfinite(array).all() or (array < 0).any():
                 raise bad(f"`{name}` must be finite and at least 0", "others")
             object.__setattr__(self, name, array)
+        if self.curve is not None:
+            curve = np.asarray(self.curve, dtype=np.float64)
+            good = curve.ndim == 2 and curve.shape[0] == 2 and curve.shape[1] > 0 and (curve > 0).all()
+            if not good or (np.diff(curve, axis=1) < 0).any() or not np.isfinite(curve).all():
+                raise bad("`curve` must be two rows of positive numbers that do not fall", curve.tolist())
+            object.__setattr__(self, "curve", curve)
 
     @classmethod
     def from_macs(cls, model: nn.Module) -> LatencyTable:
@@ -164,8 +169,8 @@ class LatencyTable:
         The attention half and the MLP half of a block share only the residual width, so each is timed on a
         grid of its own and the five-dimensional table is their sum. All points take turns, ``repeats``
         times; each gets its median. In a model, blocks find other data in the caches than in a loop of their
-        own, so whole models of several sizes are timed as well, and the table is scaled, and each block
-        charged a constant, to fit them best. Take care that nothing else runs.
+        own, so whole models of several sizes are timed in turns with the model itself, and a monotone curve
+        leads from the table's sums to their times. Take care that nothing else runs.
 
         Args:
             model: a timm Vision Transformer or one of ours; only its architecture is read.
@@ -177,7 +182,7 @@ class LatencyTable:
             dtype: of weights and images; by default the model's.
             repeats: timings of each point, after a warm-up; at most 3 of those that take 0.1 s or more.
             clean: make the times monotone, since a wider block that seems faster is noise.
-            calibrate: fit the table to whole models; how far it is off then stands in ``measured["error"]``.
+            calibrate: measure that curve; how far the table is off then stands in ``measured["error"]``.
             progress: show a bar.
 
         Returns:
@@ -199,26 +204,19 @@ class LatencyTable:
             *(("attn", p) for p in itertools.product(*points[:4])),
             *(("mlp", p) for p in itertools.product(points[0], points[4])),
             *(("rest", (e,)) for e in points[0]),
-            *(("whole", (i,)) for i in range(len(probes))),
         ]
         timer.probes = probes
-        times: list[list[float]] = [[] for _ in cells]
         with Progress(transient=True, disable=not progress) as bar:
-            task = bar.add_task(f"latency table, {device_name(where)}", total=len(cells) * (repeats + 1))
-            calls = []
-            for part, widths in cells:
-                calls.append(timer.calls(part, widths))
+            total = (len(cells) + 2 * max(0, len(probes) - 1)) * (repeats + 1)
+            task = bar.add_task(f"latency table, {device_name(where)}", total=total)
+
+            def advance() -> None:
                 bar.advance(task)
-            for turn in range(repeats):
-                # Forth and back, so that a drift of the machine's speed does not follow the grid.
-                for i in range(len(cells))[:: 1 if turn % 2 == 0 else -1]:
-                    if len(times[i]) < 3 or times[i][0] < _SLOW:
-                        times[i].append(timer.seconds(*cells[i], calls[i]))
-                    bar.advance(task)
-        values = [statistics.median(t) for t in times]
-        medians = iter(values)
+
+            values = iter(timer.medians(cells, repeats, advance))
+            wholes = np.array(timer.in_pairs(repeats, advance) if probes else [])
         shapes = [tuple(map(len, points[:4])), (len(points[0]), len(points[4])), (len(points[0]),)]
-        parts = [np.fromiter(medians, np.float64, int(np.prod(s))).reshape(s) for s in shapes]
+        parts = [np.fromiter(values, np.float64, int(np.prod(s))).reshape(s) for s in shapes]
         attn, mlp, rest = (monotone(p) for p in parts) if clean else parts
         facts = {
             "device": device_name(where),
@@ -236,23 +234,19 @@ class LatencyTable:
             family=family_of(config),
             measured=facts,
         )
-        return table._fitted(probes, np.array(values[len(values) - len(probes) :])) if calibrate else table
+        return table._fitted(probes, wholes) if calibrate else table
 
     def _fitted(self, probes: Sequence[ViTDims], times: Array) -> LatencyTable:
-        """The table with ``a T + b`` in place of T, to say of whole models what was measured."""
-        blocks = np.array([self.query(dims) - self._rest(dims.embed_dim) for dims in probes])
-        counts = np.array([len(dims.blocks) for dims in probes])
-        rest = np.array([self._rest(dims.embed_dim) for dims in probes])
-        # Divided by the times, so that a small model weighs as much as a large one.
-        fit = LinearRegression(positive=True, fit_intercept=False)
-        fit.fit(np.stack([blocks, counts], axis=1) / times[:, None], (times - rest) / times)
-        scale, constant = (float(c) for c in fit.coef_)
-        found = rest + scale * blocks + constant * counts
+        """The table with the curve that leads from its sums to the measured ``times`` of whole models."""
+        sums = np.array([self.query(dims) for dims in probes])
+        order = np.argsort(sums, kind="stable")
+        # The first is the model itself: fractions of it are what pruning asks for, so it is met exactly.
+        weights = np.where(order == 0, 1e6, 1.0)
+        curve = np.stack([sums[order], isotonic_regression(times[order], sample_weight=weights)])
+        fitted = replace(self, curve=curve)
+        found = np.array([fitted.query(dims) for dims in probes])
         error = float(np.abs(found / times - 1).max())
-        facts = {"scale": scale, "constant": constant, "error": error}
-        return replace(
-            self, values=scale * self.values + constant, measured={**(self.measured or {}), **facts}
-        )
+        return replace(fitted, measured={**(self.measured or {}), "error": error})
 
     def query(self, dims: ViTDims) -> float:
         """Cost of a model with these widths.
@@ -260,12 +254,19 @@ class LatencyTable:
         Raises:
             ValueError: a width above the grid.
         """
-        return float(self._blocks(_points(dims)).sum()) + self._rest(dims.embed_dim)
+        total = float(self._blocks(_points(dims)).sum()) + self._rest(dims.embed_dim)
+        if self.curve is None:
+            return total
+        sums, times = self.curve
+        # In proportion to the nearest end outside of what was measured.
+        inside = float(np.clip(total, sums[0], sums[-1]))
+        return float(np.interp(inside, sums, times)) * (total / inside if inside else 1.0)
 
     def delta(self, dims: ViTDims) -> list[float]:
         """What one unit fewer saves: in ``embed``, then by block in ``heads``, ``qk``, ``v``, ``mlp``.
 
-        The structures are those of :class:`pyvitfast.prune.UnitTable`, in its order.
+        The structures are those of :class:`pyvitfast.prune.UnitTable`, in its order. Without the curve, which
+        knows only whole models.
 
         Raises:
             ValueError: a width above the grid.
@@ -317,6 +318,7 @@ class LatencyTable:
             "family": None if self.family is None else dict(self.family),
             "grids": dict(zip(AXES, map(list, self.grids))),
             "rest": None if self.rest is None else self.rest.tolist(),
+            "curve": None if self.curve is None else self.curve.tolist(),
             "values": self.values.tolist(),
         }
 
@@ -336,6 +338,7 @@ class LatencyTable:
                 data["grids"],
                 np.array(data["values"], dtype=np.float64),
                 rest,
+                None if data["curve"] is None else np.array(data["curve"], dtype=np.float64),
                 data["unit"],
                 data["family"],
                 data["measured"],

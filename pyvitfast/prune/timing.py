@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 from pyvitfast.prune.structure import UnitTable
 
 AXES = ("embed_dim", "heads", "qk_dim", "v_dim", "mlp")
+# Seconds from which a point is timed three times only; the timer's noise is small against it.
+_SLOW = 0.1
 # Points of the automatic grid on each axis, the ends included.
 _POINTS = {"embed_dim": 5, "heads": 4, "qk_dim": 4, "v_dim": 4, "mlp": 8}
 _KINDS = {"embed_dim": "embed", "heads": "head", "qk_dim": "qk", "v_dim": "v", "mlp": "mlp"}
@@ -77,15 +80,23 @@ def probe_dims(config: ViTConfig, grids: Sequence[Sequence[int]]) -> list[ViTDim
         width = min(size, max(1, round(size * share / low[axis])) * low[axis])
         return max(1, limits[axis][0], min(limits[axis][1], width))
 
-    def model(share: Callable[[], float]) -> ViTDims:
+    def model(share: Callable[[str], float]) -> ViTDims:
         blocks = (
-            BlockDims(*(scaled(axis, getattr(block, axis), share()) for axis in AXES[1:]))
+            BlockDims(*(scaled(axis, getattr(block, axis), share(axis)) for axis in AXES[1:]))
             for block in config.dims.blocks
         )
-        return ViTDims(scaled("embed_dim", config.dims.embed_dim, share()), tuple(blocks))
+        return ViTDims(scaled("embed_dim", config.dims.embed_dim, share("embed_dim")), tuple(blocks))
 
-    even = [model(lambda share=share: share) for share in (1.0, 0.75, 0.5, 0.3, 0.15)]  # type: ignore[misc]
-    return even + [model(lambda high=high: random.uniform(0.1, high)) for high in (1.0, 0.7, 0.4)]  # type: ignore[misc]
+    def mixed(high: float) -> Callable[[str], float]:
+        # As pruning goes: query and key narrow first, the residual stream last.
+        ends = {axis: (0.1, high) for axis in AXES} | {"embed_dim": (1.0, 1.0), "qk_dim": (0.1, high / 2)}
+        return lambda axis: float(random.uniform(*ends[axis]))
+
+    def even(share: float) -> Callable[[str], float]:
+        return lambda axis: share
+
+    shares = [even(s) for s in (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)] + [mixed(s) for s in (1.0, 0.8, 0.6, 0.4)]
+    return [model(share) for share in shares]
 
 
 class Timer:
@@ -140,14 +151,9 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
     def calls(self, part: str, widths: tuple[int, ...]) -> int:
-        """Build a part, warm it up, and say how many calls make a timing of a millisecond.
-
-        Whole models are called once at a time, between others, so that they find the caches cold.
-        """
+        """Build a part, warm it up, and say how many calls make a timing of a millisecond."""
         self.parts[part, widths] = self._part(part, widths)
         self.seconds(part, widths, 2)
-        if part == "whole":
-            return 1
         return min(50, max(1, int(1e-3 / max(1e-7, self.seconds(part, widths, 1)))))
 
     @torch.inference_mode()
@@ -160,3 +166,45 @@ class Timer:
             run()
         self._wait()
         return (time.perf_counter() - start) / calls
+
+    def medians(
+        self, parts: Sequence[tuple[str, tuple[int, ...]]], repeats: int, advance: Callable[[], None]
+    ) -> list[float]:
+        """Median seconds of each part; they take turns."""
+        times: list[list[float]] = [[] for _ in parts]
+        calls = []
+        for part, widths in parts:
+            calls.append(self.calls(part, widths))
+            advance()
+        for turn in range(repeats):
+            # Forth and back, so that a drift of the machine's speed does not follow the grid.
+            for i in range(len(parts))[:: 1 if turn % 2 == 0 else -1]:
+                if len(times[i]) < 3 or times[i][0] < _SLOW:
+                    times[i].append(self.seconds(*parts[i], calls[i]))
+                advance()
+        return [statistics.median(t) for t in times]
+
+    def in_pairs(self, repeats: int, advance: Callable[[], None]) -> list[float]:
+        """Median seconds of the whole models, each in turns with the first one and relative to it.
+
+        Two at a time and one call each, as a user compares a model with its parent: what is in the caches
+        and in the allocator's hands depends on what ran before.
+        """
+        first = ("whole", (0,))
+        alone, ratios = [], [1.0]
+        self.calls(*first)
+        for i in range(1, len(self.probes)):
+            other = ("whole", (i,))
+            self.calls(*other)
+            ours: list[float] = []
+            theirs: list[float] = []
+            for _ in range(repeats + 1):
+                if len(ours) < 4 or ours[-1] < _SLOW:
+                    ours.append(self.seconds(*first, 1))
+                    theirs.append(self.seconds(*other, 1))
+                advance()
+                advance()
+            del self.parts[other]
+            ratios.append(statistics.median(theirs[1:]) / statistics.median(ours[1:]))
+            alone += ours[1:]
+        return [statistics.median(alone) * ratio for ratio in ratios] if alone else []

@@ -78,6 +78,16 @@ def test_rest_is_interpolated_in_the_residual_width():
     assert table.delta(ViTDims(8, (block,)))[0] == 1.0
 
 
+def test_curve_is_followed_and_continued_in_proportion():
+    table = LatencyTable(
+        ([1, 100], [1], [1], [1], [1]),
+        np.array([1.0, 100.0]).reshape(2, 1, 1, 1, 1),
+        curve=[[10.0, 20.0], [20.0, 30.0]],
+    )
+    found = [table.query(ViTDims(width, (BlockDims(1, 1, 1, 1),))) for width in (5, 10, 15, 20, 40)]
+    assert found == [10.0, 20.0, 25.0, 30.0, 60.0]
+
+
 def test_widths_outside_the_grid():
     table = filled()
     low, high = BlockDims(1, 1, 1, 1), BlockDims(1, 1, 1, 3073)
@@ -121,6 +131,8 @@ def test_cleaning_a_table():
         ({"values": np.full((1,) * 5, np.nan)}, "`values` must be finite"),
         ({"values": np.full((1,) * 5, -1.0)}, "`values` must be finite and at least 0"),
         ({"rest": [1.0, 2.0]}, r"`rest` must have shape \[1\]"),
+        ({"curve": [[2.0, 1.0], [1.0, 2.0]]}, "`curve` must be two rows of positive numbers"),
+        ({"curve": [[0.0], [1.0]]}, "`curve` must be two rows of positive numbers"),
     ],
 )
 def test_bad_tables_are_refused(change, message):
@@ -195,34 +207,44 @@ class TestMeasure:
                 whole(torch.zeros(3, 1, 8, 8))
             assert table.query(dims) == counter.get_total_flops()
 
-    def test_whole_models_set_scale_and_constant(self, micro, monkeypatch):
-        """Whole models that take 1.5 times their parts and 7 seconds a block must be predicted so."""
+    def test_whole_models_bend_the_table(self, micro, monkeypatch):
+        """Whole models that take the square root of their parts must be predicted so; their order stays."""
+
+        def parts(dims):
+            blocks = sum(dims.embed_dim * (b.heads * (2 * b.qk_dim + b.v_dim) + b.mlp) for b in dims.blocks)
+            return 100.0 + dims.embed_dim + blocks
 
         def seconds(timer, part, widths, calls):
-            def blocks(dims):
-                return sum(dims.embed_dim * (b.heads * (2 * b.qk_dim + b.v_dim) + b.mlp) for b in dims.blocks)
-
             if part == "rest":
                 return 100.0 + widths[0]
             if part == "whole":
-                dims = timer.probes[widths[0]]
-                return 100.0 + dims.embed_dim + 1.5 * blocks(dims) + 7 * len(dims.blocks)
+                return parts(timer.probes[widths[0]]) ** 0.5
             if part == "mlp":
                 return float(widths[0] * widths[1])
             embed, heads, qk, v = widths
             return float(embed * heads * (2 * qk + v))
 
         monkeypatch.setattr(Timer, "seconds", seconds)
-        table = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False)
-        assert table.measured["scale"] == pytest.approx(1.5, rel=1e-6)
-        assert table.measured["constant"] == pytest.approx(7, rel=1e-6)
+        model = micro()
+        dense = ViTConfig.from_model(model).dims
+        table = LatencyTable.measure(model, batch_size=1, repeats=1, progress=False)
         assert table.measured["error"] < 1e-9
-        dims = ViTDims(20, (BlockDims(3, 5, 7, 100),) * 2)
-        expected = 120 + 2 * (1.5 * 20 * (3 * 17 + 100) + 7)
-        assert table.query(dims) == pytest.approx(expected, rel=1e-9)
-        raw = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False, calibrate=False)
-        assert raw.query(dims) == pytest.approx(120 + 2 * 20 * (3 * 17 + 100), rel=1e-9)
-        assert "scale" not in raw.measured
+        assert table.query(dense) == pytest.approx(parts(dense) ** 0.5, rel=1e-9)
+        dims = ViTDims(40, (BlockDims(3, 10, 7, 100),) * 4)
+        assert table.query(dims) == pytest.approx(parts(dims) ** 0.5, rel=0.05)
+        raw = LatencyTable.measure(model, batch_size=1, repeats=1, progress=False, calibrate=False)
+        assert raw.query(dims) == pytest.approx(parts(dims), rel=1e-9)
+        assert table.delta(dims) == raw.delta(dims)
+        assert raw.curve is None and "error" not in raw.measured
+
+    def test_noise_among_whole_models_leaves_the_model_itself_exact(self, micro, monkeypatch):
+        monkeypatch.setattr(
+            Timer, "seconds", lambda timer, part, widths, calls: 20.0 - widths[0] if part == "whole" else 1.0
+        )
+        model = micro()
+        table = LatencyTable.measure(model, batch_size=1, repeats=1, progress=False)
+        assert (np.diff(table.curve) >= 0).all()
+        assert table.query(ViTConfig.from_model(model).dims) == pytest.approx(20.0, rel=1e-4)
 
     def test_times_are_monotone_and_the_grid_ends_at_the_model(self, micro):
         table = LatencyTable.measure(micro(), batch_size=1, repeats=1, progress=False)
