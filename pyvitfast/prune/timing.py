@@ -87,15 +87,16 @@ def probe_dims(config: ViTConfig, grids: Sequence[Sequence[int]]) -> list[ViTDim
         )
         return ViTDims(scaled("embed_dim", config.dims.embed_dim, share("embed_dim")), tuple(blocks))
 
-    def mixed(high: float) -> Callable[[str], float]:
+    def mixed(low: float, high: float) -> Callable[[str], float]:
         # As pruning goes: query and key narrow first, the residual stream last.
-        ends = {axis: (0.1, high) for axis in AXES} | {"embed_dim": (1.0, 1.0), "qk_dim": (0.1, high / 2)}
+        ends = {axis: (low, high) for axis in AXES} | {"embed_dim": (1.0, 1.0), "qk_dim": (0.1, high / 2)}
         return lambda axis: float(random.uniform(*ends[axis]))
 
     def even(share: float) -> Callable[[str], float]:
         return lambda axis: share
 
-    shares = [even(s) for s in (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)] + [mixed(s) for s in (1.0, 0.8, 0.6, 0.4)]
+    shares = [even(s) for s in (1.0, 0.92, 0.85, 0.78, 0.7, 0.6, 0.45, 0.3)]
+    shares += [mixed(*s) for s in ((0.5, 1.0), (0.3, 1.0), (0.3, 0.8), (0.1, 0.6), (0.1, 0.4))]
     return [model(share) for share in shares]
 
 
@@ -199,7 +200,7 @@ class Timer:
             ours: list[float] = []
             theirs: list[float] = []
             for _ in range(repeats + 1):
-                if len(ours) < 4 or ours[-1] < _SLOW:
+                if len(ours) < 6 or ours[-1] < _SLOW:
                     ours.append(self.seconds(*first, 1))
                     theirs.append(self.seconds(*other, 1))
                 advance()

@@ -46,4 +46,4 @@ def print_claims(checked: list[dict[str, Any]]) -> None:
     for claim in checked:
         verdict = "held    " if claim["held"] else "NOT HELD"
         value = claim["measured"]
-        print(f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.1f}'})")
+        print(f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.3g}'})")
