@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -107,11 +108,15 @@ class Timer:
         self.config, self.device, self.dtype, self.batch = config, device, dtype, batch
         self.tokens = config.tokens()[1]
         self.store = torch.empty(0, device=device, dtype=dtype)
+        self.images = torch.empty(0, device=device, dtype=dtype)
         self.probes: Sequence[ViTDims] = ()
         self.parts: dict[tuple[str, tuple[int, ...]], Callable[[], Tensor]] = {}
 
     def _input(self, *shape: int) -> Tensor:
-        return torch.full((self.batch, *shape), 0.5, device=self.device, dtype=self.dtype)
+        count = self.batch * math.prod(shape)
+        if self.images.numel() < count:
+            self.images = torch.full((count,), 0.5, device=self.device, dtype=self.dtype)
+        return self.images[:count].view(self.batch, *shape)
 
     def _model(self, embed: int, *blocks: BlockDims) -> Any:
         config = self.config.prune(ViTDims(embed, blocks))
@@ -173,9 +178,9 @@ class Timer:
     ) -> list[float]:
         """Median seconds of each part; they take turns."""
         times: list[list[float]] = [[] for _ in parts]
-        calls = []
-        for part, widths in parts:
-            calls.append(self.calls(part, widths))
+        calls: list[int] = []
+        for part, widths in reversed(parts):  # the largest first, whose storage the others share
+            calls.insert(0, self.calls(part, widths))
             advance()
         for turn in range(repeats):
             # Forth and back, so that a drift of the machine's speed does not follow the grid.
@@ -191,6 +196,7 @@ class Timer:
         Two at a time and one call each, as a user compares a model with its parent: what is in the caches
         and in the allocator's hands depends on what ran before.
         """
+        self.parts.clear()
         first = ("whole", (0,))
         alone, ratios = [], [1.0]
         self.calls(*first)
@@ -200,7 +206,7 @@ class Timer:
             ours: list[float] = []
             theirs: list[float] = []
             for _ in range(repeats + 1):
-                if len(ours) < 6 or ours[-1] < _SLOW:
+                if len(ours) < 7 or ours[-1] < _SLOW:
                     ours.append(self.seconds(*first, 1))
                     theirs.append(self.seconds(*other, 1))
                 advance()
