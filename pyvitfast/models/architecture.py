@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pyvitfast.models.config import ViTConfig
@@ -24,6 +25,13 @@ def config_of(model: nn.Module) -> Config:
         TypeError: neither a timm Vision Transformer nor a Swin Transformer.
         NotImplementedError: it has a part that we cannot describe; the message names it.
     """
-    if plain_class(unwrap(model)) in (SwinTransformer, PrunedSwinTransformer):
+    model = unwrap(model)
+    if plain_class(model) in (SwinTransformer, PrunedSwinTransformer):
         return SwinConfig.from_model(model)
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            "architecture: `model` must be a timm VisionTransformer, VisionTransformerDistilled or "
+            "SwinTransformer; no supported attention was found in "
+            f"{type(model).__module__}.{type(model).__name__}."
+        )
     return ViTConfig.from_model(model)

@@ -239,6 +239,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             "corrupted. Save or copy it again."
         )
     model.load_state_dict(tensors, assign=True)
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # buffers that are not in the file, such as Swin's masks
     if "pretrained_cfg" in header:
         pretrained = {k: tuple(v) if isinstance(v, list) else v for k, v in header["pretrained_cfg"].items()}
         model.pretrained_cfg = model.default_cfg = pretrained  # type: ignore[assignment]

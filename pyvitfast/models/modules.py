@@ -38,7 +38,7 @@ def layer_name(layer: nn.Module) -> str:
         if getattr(module, kind.__name__, None) is kind:
             return f"{room}.{kind.__name__}"
     raise NotImplementedError(
-        f"ViTConfig.from_model: layers must be classes of torch.nn or timm.layers, got "
+        f"architecture: layers must be classes of torch.nn or timm.layers, got "
         f"{kind.__module__}.{kind.__qualname__}."
     )
 
@@ -53,4 +53,4 @@ def layer_class(name: str) -> type[nn.Module]:
     found = getattr(_ROOMS.get(room), kind, None)
     if isinstance(found, type) and issubclass(found, nn.Module):
         return found
-    raise ValueError(f"ViTConfig: layers must be classes of torch.nn or timm.layers, got {name!r}.")
+    raise ValueError(f"architecture: layers must be classes of torch.nn or timm.layers, got {name!r}.")

@@ -41,6 +41,18 @@ def _block_dims(name: str, block: Any) -> BlockDims:
     return BlockDims(attn.num_heads, width, width, mlp.fc1.out_features)
 
 
+def _check_windows(name: str, index: int, block: Any, first: Any) -> None:
+    """Windows must be those that timm lays out for the stage of ``first``: every other block is shifted."""
+    for part in ("window_size", "always_partition", "dynamic_mask"):
+        expected, got = getattr(first, part), getattr(block, part)
+        _need(f"{name}.{part}", f"{expected} as in the first block", got == expected, got)
+    shift = tuple(
+        0 if index % 2 == 0 or (side <= window and not first.always_partition) else window // 2
+        for side, window in zip(first.input_resolution, first.window_size, strict=True)
+    )
+    _need(f"{name}.shift_size", str(shift), tuple(block.shift_size) == shift, block.shift_size)
+
+
 @dataclass(frozen=True)
 class SwinConfig:
     """Everything needed to build a timm or pruned Swin Transformer; field names are timm's arguments.
@@ -106,6 +118,8 @@ class SwinConfig:
             _need(f"layers.{i}.blocks", "at least one block", bool(named), 0)
             stages.append(tuple(_block_dims(name, block) for name, block in named))
             scales += [float(block.attn.scale) for _, block in named]
+            for j, (name, block) in enumerate(named):
+                _check_windows(name, j, block, stage.blocks[0])
             windows.append(tuple(stage.blocks[0].window_size))
         first = parts.layers[0].blocks[0]
         for name, norm in parts.named_modules():

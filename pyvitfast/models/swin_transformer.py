@@ -135,10 +135,18 @@ class PrunedSwinTransformer(SwinTransformer):  # type: ignore[misc]
         scales: softmax scale of each block.
         norm_layer: makes a norm for a width.
         **kwargs: further arguments of :class:`timm.models.SwinTransformer`.
+
+    Raises:
+        ValueError: not one scale for each block.
     """
 
     def __init__(self, dims: SwinDims, scales: Sequence[float], norm_layer: Any, **kwargs: Any) -> None:
         depths = tuple(len(stage) for stage in dims.stages)
+        if len(scales) != sum(depths):
+            raise ValueError(
+                f"PrunedSwinTransformer: `scales` must hold {sum(depths)} values, one for each block, "
+                f"got {len(scales)}."
+            )
         # timm lays out windows and masks; everything with a width is replaced below.
         super().__init__(
             embed_dim=1,

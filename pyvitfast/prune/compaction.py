@@ -43,9 +43,11 @@ def compact_model(
     """Build the smaller model and move the optimizer onto it; see :meth:`NViTPruner.compact`."""
     dims = table.dims(alive)
     config: Any = table.config
-    slim: nn.Module = config.prune(dims).build()
     old = dict(model.named_parameters())
-    device = next(iter(old.values())).device
+    some = next(iter(old.values()))
+    device = some.device
+    # Weights are replaced below; buffers outside the state dict, such as Swin's masks, must follow here.
+    slim: nn.Module = config.prune(dims).build().to(device, some.dtype)
     kept = {
         name: tuple(None if i is None else i.to(device) for i in pair)
         for name, pair in _kept(table, alive).items()
@@ -94,10 +96,12 @@ def compact_model(
         "pretrained_cfg",
         "default_cfg",
         "distilled_training",
-        "grad_checkpointing",
     ):
         if hasattr(model, attribute):
             setattr(slim, attribute, getattr(model, attribute))
+    for name, module in model.named_modules():  # a Swin's stages have a flag each
+        if hasattr(module, "grad_checkpointing"):
+            slim.get_submodule(name).grad_checkpointing = module.grad_checkpointing
     slim.train(model.training)
     if optimizer is not None:
         _move_optimizer(optimizer, old, new, moved)

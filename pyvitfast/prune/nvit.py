@@ -37,9 +37,8 @@ class NViTPruner:
 
     Args:
         model: a timm ``VisionTransformer``, ``VisionTransformerDistilled`` or ``SwinTransformer``, or one of
-            our pruned ones;
-            inside ``torch.compile`` or DistributedDataParallel or not, or split over processes by
-            ``fully_shard`` before. Its weights are masked in place.
+            our pruned ones; inside ``torch.compile`` or DistributedDataParallel or not, or split over
+            processes by ``fully_shard`` before. Its weights are masked in place.
         target: fraction of the budget to reach, in (0, 1).
         budget: ``"macs"``, ``"params"`` or ``"latency"``.
         latency: a :class:`LatencyTable`, or any object with ``query(dims)`` and ``delta(dims)``; needed for

@@ -84,14 +84,17 @@ class Piece:
         return (low - self.start, high - self.start) if low < high else (rows[0] - self.start,) * 2
 
 
-def group_size(kind: str, size: int, embed_dim: int) -> int:
+def group_size(kind: str, size: int, embed_dim: int, head_group: int = 2) -> int:
     """The automatic group size of a structure of ``size`` units.
 
     The largest power of two that divides ``size``, leaves two groups or more, and does not exceed the paper's
-    size: embed 16, head 2, qk 8, v 8, mlp 16. Models narrower than 128 channels have so few units that
-    these would be too coarse; there the limits are 4, 1, 2, 2, 8.
+    size: embed 16, head 2, qk 8, v 8, mlp 16. Where heads go in groups of an odd size ``head_group``, qk and
+    v go in 16s, so that heads times dims stays a multiple of 16. Models narrower than 128 channels have so
+    few units that these would be too coarse; there the limits are 4, 1, 2, 2, 8.
     """
     limit = (_PAPER_GROUP if embed_dim >= _SMALL_EMBED else _SMALL_GROUP)[kind]
+    if embed_dim >= _SMALL_EMBED and kind in ("qk", "v") and head_group % 2:
+        limit *= 2
     group = 1
     while group * 2 <= limit and size % (group * 2) == 0 and size // (group * 2) >= 2:
         group *= 2
@@ -231,8 +234,10 @@ class UnitTable:
         widest = max(config.dims.embed_dims)
         self.count = 0
         for axis, name, size in _structures(config):
-            group = (group_sizes or {}).get(axis[0]) or group_size(axis[0], size, widest)
-            self.structures[axis] = Structure(name, axis[0], self.count, size, group)
+            kind, index = axis
+            heads = self.structures["head", index].group_size if kind in ("qk", "v") else 2
+            group = (group_sizes or {}).get(kind) or group_size(kind, size, widest, heads)
+            self.structures[axis] = Structure(name, kind, self.count, size, group)
             self.count += size
 
     def _own(self, axis: Axis) -> Structure:

@@ -28,6 +28,7 @@ VARIANTS = {
     "distilled": {"distilled": True},
     "layer scale": {"init_values": 0.5},
     "registers, average pool": {"reg_tokens": 2, "global_pool": "avg"},
+    "fc_norm": {"fc_norm": True},
     "pre-norm, no biases": {"pre_norm": True, "qkv_bias": False, "proj_bias": False},
     "no pos embed": {"pos_embed": "none"},
 }
@@ -63,9 +64,19 @@ def masked_norm_model(model, alive):
     return model
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_channels_are_cut_as_by_a_norm_over_alive_channels(distilled, micro, batch):
-    model = micro(distilled, double=True, init_values=0.5).eval()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_values": 0.5},
+        {"init_values": 0.5, "distilled": True},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"global_pool": "avg", "reg_tokens": 2},
+        {"fc_norm": True},
+        {"pre_norm": True},
+    ],
+)
+def test_channels_are_cut_as_by_a_norm_over_alive_channels(changes, micro, batch):
+    model = micro(double=True, **changes).eval()
     pruner = pruned(model, 0.4, group_sizes={"mlp": 192, "head": 4, "qk": 12, "v": 12})
     assert pruner.dims.embed_dim < 24
     slim = pruner.compact(ln_fix=False)

@@ -447,6 +447,8 @@ def test_automatic_group_sizes():
     ]
     assert group_size("head", 3, 192) == 1  # three heads cannot go in twos
     assert group_size("head", 2, 192) == 1  # one group would never be removable
+    assert [group_size("qk", 64, 192, heads) for heads in (1, 2)] == [16, 8]  # heads times dims in 16s
+    assert group_size("v", 12, 48, 1) == 2
     assert group_size("embed", 200, 200) == 8
     assert group_size("mlp", 7, 512) == 1
 

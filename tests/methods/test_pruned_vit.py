@@ -148,6 +148,13 @@ def test_unsupported_parts_are_refused_by_name(change, part, micro):
         ViTConfig.from_model(micro(**change))
 
 
+def test_gated_attention_is_refused(micro):
+    model = micro()
+    model.blocks[2].attn = timm.layers.Attention(48, 4, qkv_bias=True, gated=True)
+    with pytest.raises(NotImplementedError, match=r"blocks\.2\.attn\.gate: must be None"):
+        ViTConfig.from_model(model)
+
+
 def test_added_parameters_are_refused(micro):
     model = micro()
     model.blocks[1].adapter = torch.nn.Linear(2, 2)
