@@ -540,9 +540,9 @@ class NViTPruner:
                 the paper's. Optimizer state is not rescaled.
 
         Returns:
-            A :class:`PrunedVisionTransformer` or its distilled twin on the model's device, in its dtype and
-            mode; whole on each process, also where the masked model is split. The masked model is not
-            changed.
+            A :class:`PrunedVisionTransformer`, its distilled twin or a :class:`PrunedSwinTransformer` on the
+            model's device, in its dtype and mode; whole on each process, also where the masked model is
+            split. The masked model is not changed.
 
         Raises:
             ValueError: the optimizer holds none of the model's parameters.
