@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformer, WindowAttention
 from torch import Tensor, nn
 
-from pyvitfast.models.vision_transformer import BlockDims
+from pyvitfast.models.vision_transformer import BlockDims, two_width_attention
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,8 @@ class PrunedWindowAttention(WindowAttention):  # type: ignore[misc]
             .reshape(windows // groups, groups * heads, tokens, -1)
             for part in self.qkv(x).split(self.splits, dim=-1)
         )
-        # torch's fused kernels want one width; zeros change nothing and their columns are dropped again.
-        missing = self.v_dim - self.qk_dim
-        if missing > 0:
-            q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
-        elif missing < 0:
-            v = F.pad(v, (0, -missing))
-        x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias.to(q.dtype),
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            scale=self.scale,
-        )[..., : self.v_dim]
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = two_width_attention(q, k, v, self.scale, bias.to(q.dtype), dropout)
         x = x.reshape(windows, heads, tokens, self.v_dim).transpose(1, 2).reshape(windows, tokens, -1)
         out: Tensor = self.proj_drop(self.proj(x))
         return out

@@ -88,10 +88,10 @@ def probe_dims(config: ViTConfig, grids: Sequence[Sequence[int]]) -> list[ViTDim
         )
         return ViTDims(scaled("embed_dim", config.dims.embed_dim, share("embed_dim")), tuple(blocks))
 
-    def mixed(low: float, high: float) -> Callable[[str], float]:
+    def mixed(least: float, most: float) -> Callable[[str], float]:
         # As pruning goes: query and key narrow first, the residual stream last.
-        ends = {axis: (low, high) for axis in AXES} | {"embed_dim": (1.0, 1.0), "qk_dim": (0.1, high / 2)}
-        return lambda axis: float(random.uniform(*ends[axis]))
+        spans = {axis: (least, most) for axis in AXES} | {"embed_dim": (1.0, 1.0), "qk_dim": (0.1, most / 2)}
+        return lambda axis: float(random.uniform(*spans[axis]))
 
     def even(share: float) -> Callable[[str], float]:
         return lambda axis: share

@@ -230,6 +230,26 @@ def train(
         return _outcome(job, job.model, accuracy, None)
 
 
+def train_dense(job: _Job, does: str) -> None:
+    """Train the job's model unless it comes from a file, and keep it and its accuracy as the dense one.
+
+    ``does`` says what the verb does at once with a model from a file.
+    """
+    s, model = job.settings, job.model
+    if job.origin == models.FILE:
+        accuracy = evaluate(model.to(job.accelerator.device), job.data, s, job.accelerator)
+    else:
+        job.reporter.say(
+            f"{s.model} starts from {job.origin}; it is trained for {s.epochs} epochs first "
+            f"(--model FILE {does} at once)."
+        )
+        accuracy = job.loop.run(Stage("train", s.lr, s.epochs), model, state=job.take_state())
+    job.loop.results["dense"] = asdict(accuracy)
+    job.folder.save_model(model, DENSE)
+    job.folder.log("dense", **asdict(accuracy))
+    job.accelerator.wait_for_everyone()
+
+
 def make_pruner(model: nn.Module, settings: Settings, latency: LatencyTable | None = None) -> NViTPruner:
     """The pruner of ``settings`` for ``model``.
 
@@ -302,18 +322,7 @@ def prune(
             table = _latency(job, model)
             make_pruner(model, s, table)
         if job.stage in (None, "train"):
-            if job.origin == models.FILE:
-                accuracy = evaluate(model.to(job.accelerator.device), job.data, s, job.accelerator)
-            else:
-                job.reporter.say(
-                    f"{s.model} starts from {job.origin}; it is trained for {s.epochs} epochs first "
-                    "(--model FILE prunes a trained model at once)."
-                )
-                accuracy = loop.run(Stage("train", s.lr, s.epochs), model, state=job.take_state())
-            loop.results["dense"] = asdict(accuracy)
-            job.folder.save_model(model, DENSE)
-            job.folder.log("dense", **asdict(accuracy))
-            job.accelerator.wait_for_everyone()
+            train_dense(job, "prunes a trained model")
         dense = load(job.folder.path / DENSE)
         noise = s.preset != "nvit_repo"
         if job.stage in (None, "prune"):

@@ -12,11 +12,10 @@ from rich.console import Console
 from pyvitfast.models.checkpoint import load
 from pyvitfast.prune import apply_masks
 from pyvitfast.prune import sparsify as make_sparse
-from pyvitfast.train import model as models
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import DENSE
 from pyvitfast.train.loop import Stage, evaluate
-from pyvitfast.train.run import Outcome, _job, _outcome
+from pyvitfast.train.run import Outcome, _job, _outcome, train_dense
 from pyvitfast.train.settings import Settings
 
 
@@ -36,18 +35,7 @@ def sparsify(
         s, loop, model, device = job.settings, job.loop, job.model, job.accelerator.device
         fresh = job.stage in (None, "train")
         if fresh:
-            if job.origin == models.FILE:
-                accuracy = evaluate(model.to(device), job.data, s, job.accelerator)
-            else:
-                job.reporter.say(
-                    f"{s.model} starts from {job.origin}; it is trained for {s.epochs} epochs first "
-                    "(--model FILE makes a trained model sparse at once)."
-                )
-                accuracy = loop.run(Stage("train", s.lr, s.epochs), model, state=job.take_state())
-            loop.results["dense"] = asdict(accuracy)
-            job.folder.save_model(model, DENSE)
-            job.folder.log("dense", **asdict(accuracy))
-            job.accelerator.wait_for_everyone()
+            train_dense(job, "makes a trained model sparse")
         try:
             # From the dense file, so that a resumed run has the same masks.
             _, report = make_sparse(load(job.folder.path / DENSE))

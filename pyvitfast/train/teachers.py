@@ -61,7 +61,7 @@ def make_teachers(
         return None
     soft = None
     if config.kl_weight:
-        # A copy, because the student starts as the dense model itself.
+        # A copy, because the report shows the dense model, which is not to be frozen for it.
         soft = copy.deepcopy(dense).to(device).eval().requires_grad_(False)
     hard = None if cnn is None else cnn.to(device).eval().requires_grad_(False)
     return Teachers(DistillationLoss(config, settings.smoothing), soft, hard)

@@ -7,6 +7,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pyvitfast.prune import NViTPruner
+
 MICRO = {
     "img_size": 8,
     "patch_size": 2,
@@ -16,6 +18,18 @@ MICRO = {
     "num_heads": 4,
     "num_classes": 10,
 }
+
+
+def pruned(model, target=0.5, seed=0, **settings):
+    """Pruned by random scores, so that every kind of structure is hit."""
+    pruner = NViTPruner(model, target=target, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    while not pruner.done:
+        scores = torch.rand(pruner.table.count, generator=generator)
+        for s in pruner.structures:
+            scores[s.start : s.stop] /= s.group_size
+        pruner.prune_once(scores)
+    return pruner
 
 
 @pytest.fixture

@@ -7,20 +7,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pyvitfast.models import PrunedVisionTransformerDistilled, ViTConfig
 from pyvitfast.prune import NViTPruner
+from tests.methods.conftest import pruned
 
 NO_EMBED = {"embed": 48}  # one group only, which is never removed
-
-
-def pruned(model, target=0.5, seed=0, **settings):
-    """Pruned by random scores, so that every kind of structure is hit."""
-    pruner = NViTPruner(model, target=target, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    while not pruner.done:
-        scores = torch.rand(pruner.table.count, generator=generator)
-        for s in pruner.structures:
-            scores[s.start : s.stop] /= s.group_size
-        pruner.prune_once(scores)
-    return pruner
 
 
 VARIANTS = {

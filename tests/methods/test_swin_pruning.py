@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyvitfast as vf
 from pyvitfast.models import BlockDims, PrunedSwinTransformer, SwinConfig, SwinDims
 from pyvitfast.prune import LatencyTable, NViTPruner, ParamsCost, UnitTable
+from tests.methods.conftest import pruned
 
 HEADS, WIDTH = (2, 4), 8
 NO_EMBED = {"embed": 1000}  # more than there are, so none is removable
@@ -54,17 +55,6 @@ def images():
         return x, torch.randint(10, (count,), generator=generator)
 
     return make
-
-
-def prune_at_random(model, target=0.5, seed=0, **settings):
-    pruner = NViTPruner(model, target=target, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    while not pruner.done:
-        scores = torch.rand(pruner.table.count, generator=generator)
-        for s in pruner.structures:
-            scores[s.start : s.stop] /= s.group_size
-        pruner.prune_once(scores)
-    return pruner
 
 
 @pytest.mark.parametrize("membership", ["subset", "full"])
@@ -152,7 +142,7 @@ def test_masked_equals_compact_without_channel_pruning(swin, images, changes):
     else:
         model = swin(**changes)
     model.eval()
-    pruner = prune_at_random(model, group_sizes=NO_EMBED)
+    pruner = pruned(model, group_sizes=NO_EMBED)
     kinds = {r["structure"].split(".")[-1] for entry in pruner.history for r in entry["removed"]}
     assert kinds == {"head", "qk", "v", "mlp"}
     slim = pruner.compact()
@@ -163,7 +153,7 @@ def test_masked_equals_compact_without_channel_pruning(swin, images, changes):
 
 def test_the_shift_of_windows_matters_to_that_comparison(swin, images):
     model = swin().eval()
-    slim = prune_at_random(model, group_sizes=NO_EMBED).compact()
+    slim = pruned(model, group_sizes=NO_EMBED).compact()
     shifted = [b for stage in slim.layers for b in stage.blocks if any(b.shift_size)]
     assert len(shifted) == 2 and all(b.attn_mask is not None for b in shifted)
     x, _ = images()
@@ -175,7 +165,7 @@ def test_the_shift_of_windows_matters_to_that_comparison(swin, images):
 
 def test_channels_of_a_stage_are_cut_as_by_norms_over_alive_channels(swin, images):
     model = swin().eval()
-    pruner = prune_at_random(model, 0.3, group_sizes={"mlp": 1000, "head": 1000, "qk": 1000, "v": 1000})
+    pruner = pruned(model, 0.3, group_sizes={"mlp": 1000, "head": 1000, "qk": 1000, "v": 1000})
     first, second = pruner.dims.embed_dims
     assert first < 16 and second < 32
     slim = pruner.compact(ln_fix=False)
@@ -237,7 +227,7 @@ def kept_by_hand(name, parameter, masks):
 def test_kept_weights_are_the_right_ones(swin):
     model = swin()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pruner = prune_at_random(model, 0.3)
+    pruner = pruned(model, 0.3)
     slim = dict(pruner.compact(ln_fix=False).named_parameters())
     assert all(not mask.all() for name, mask in pruner.masks.items() if not name.endswith("0.head"))
     for name, p in before.items():
@@ -328,7 +318,7 @@ def test_pruning_while_training(swin, images):
 
 
 def test_files_and_timm_methods(swin, images, tmp_path):
-    slim = prune_at_random(swin(double=False).eval(), 0.5).compact().eval()
+    slim = pruned(swin(double=False).eval(), 0.5).compact().eval()
     assert type(slim) is PrunedSwinTransformer
     vf.save(slim, tmp_path / "swin.safetensors")
     again = vf.load(tmp_path / "swin.safetensors")
@@ -343,13 +333,13 @@ def test_files_and_timm_methods(swin, images, tmp_path):
     assert [info["num_chs"] for info in slim.feature_info] == list(widths)
     slim.reset_classifier(3)
     assert slim(x).shape == (4, 3) and slim.get_classifier().out_features == 3
-    second = prune_at_random(again, 0.6)
+    second = pruned(again, 0.6)
     assert vf.summary(second.compact()).macs < vf.summary(again).macs
 
 
 def test_resuming_and_configs(swin):
     model = swin()
-    first = prune_at_random(model, 0.7)
+    first = pruned(model, 0.7)
     second = NViTPruner(swin(), target=0.7)
     second.load_state_dict(first.state_dict())
     assert second.dims == first.dims
@@ -424,7 +414,7 @@ def test_masks_follow_dtype_and_flags_are_carried(swin, images, tmp_path):
     model = swin().bfloat16().eval()
     model.set_grad_checkpointing(True)
     x = images(dtype=torch.bfloat16)[0]
-    slim = prune_at_random(model).compact()
+    slim = pruned(model).compact()
     vf.save(model, tmp_path / "dense.safetensors")
     vf.save(slim, tmp_path / "slim.safetensors")
     dense = vf.load(tmp_path / "dense.safetensors")
@@ -441,7 +431,7 @@ def test_masks_follow_dtype_and_flags_are_carried(swin, images, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compacts_on_the_gpu(swin, images):
     model = swin().cuda().eval()
-    slim = prune_at_random(model, group_sizes=NO_EMBED).compact()
+    slim = pruned(model, group_sizes=NO_EMBED).compact()
     assert all(t.is_cuda for t in (*slim.parameters(), *slim.buffers()))
     x = images()[0].cuda()
     torch.testing.assert_close(slim(x), model(x), rtol=1e-10, atol=1e-10)
@@ -463,7 +453,7 @@ def test_swin_tiny_as_published():
 
 
 def test_compile_whole(swin, images):
-    slim = prune_at_random(swin(double=False).eval(), 0.5).compact().eval()
+    slim = pruned(swin(double=False).eval(), 0.5).compact().eval()
     x, _ = images(dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(
