@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast.models.architecture import Config, config_of
+from pyvitfast.models.clock import seconds_of
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.vision_transformer import BlockDims
 
@@ -58,19 +58,8 @@ class ModelSummary:
 
 
 def _median_latency(model: nn.Module, batch: torch.Tensor, repeats: int) -> float:
-    def wait() -> None:
-        if batch.device.type == "cuda":
-            torch.cuda.synchronize(batch.device)
-
-    times = []
-    for i in range(repeats + 3):
-        wait()
-        start = time.perf_counter()
-        model(batch)
-        wait()
-        if i >= 3:  # the first passes fill caches and choose kernels
-            times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+    times = [seconds_of(lambda: model(batch), batch.device) for _ in range(repeats + 3)]
+    return statistics.median(times[3:]) * 1e3  # the first passes fill caches and choose kernels
 
 
 def summary(

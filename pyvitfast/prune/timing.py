@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyvitfast.models.clock import seconds_of
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.vision_transformer import BlockDims, ViTDims
 from pyvitfast.prune.structure import UnitTable
@@ -152,10 +152,6 @@ class Timer:
         block = self._model(widths[0], BlockDims(widths[1], widths[2], widths[3], 1)).blocks[0]
         return lambda: x + block.ls1(block.attn(block.norm1(x)))
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def calls(self, part: str, widths: tuple[int, ...]) -> int:
         """Build a part, warm it up, and say how many calls make a timing of a millisecond."""
         self.parts[part, widths] = self._part(part, widths)
@@ -165,13 +161,7 @@ class Timer:
     @torch.inference_mode()
     def seconds(self, part: str, widths: tuple[int, ...], calls: int) -> float:
         """Mean time of ``calls`` passes."""
-        run = self.parts[part, widths]
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        self._wait()
-        return (time.perf_counter() - start) / calls
+        return seconds_of(self.parts[part, widths], self.device, calls)
 
     def medians(
         self, parts: Sequence[tuple[str, tuple[int, ...]]], repeats: int, advance: Callable[[], None]

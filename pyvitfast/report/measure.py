@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pyvitfast.models.clock import seconds_of
 from pyvitfast.models.summary import ModelSummary, summary
 
 BATCHES = (1, 32)
@@ -86,11 +86,7 @@ def latencies(
 
 
 def _once(model: nn.Module, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return seconds_of(lambda: model(images), images.device)
 
 
 def measure(

@@ -187,7 +187,6 @@ class TestMeasure:
             return float(counter.get_total_flops())
 
         monkeypatch.setattr(Timer, "seconds", flops)
-        monkeypatch.setattr(Timer, "_wait", lambda timer: None)
         grids = {
             "embed_dim": [16, 48],
             "heads": [1, 4],
