@@ -1,8 +1,15 @@
 """The ops of :mod:`pyvitfast.ops` in plain torch: same signatures, any device, any float dtype."""
 
+from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
 from pyvitfast.reference.saliency_rowcol import saliency_rowcol
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
 
-__all__ = ["saliency_commit_", "saliency_rowcol", "structured_gather", "structured_zero_"]
+__all__ = [
+    "linear_cross_attention",
+    "saliency_commit_",
+    "saliency_rowcol",
+    "structured_gather",
+    "structured_zero_",
+]
