@@ -14,12 +14,19 @@ from pyvitfast._version import __version__
 
 STATUS = _lib.load(__version__)
 
+from pyvitfast.ops.linear_cross_attention import linear_cross_attention  # noqa: E402
 from pyvitfast.ops.saliency_commit_ import saliency_commit_  # noqa: E402
 from pyvitfast.ops.saliency_rowcol import saliency_rowcol  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
 from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
 
-__all__ = ["saliency_commit_", "saliency_rowcol", "structured_gather", "structured_zero_"]
+__all__ = [
+    "linear_cross_attention",
+    "saliency_commit_",
+    "saliency_rowcol",
+    "structured_gather",
+    "structured_zero_",
+]
 
 
 def available(name: str, device: str | torch.device = "cpu") -> bool:

@@ -1,0 +1,309 @@
+#pragma once
+
+// Small matrix products for the CPU kernels, in float or double and in vectors as wide as the
+// instruction set has. Everything is always_inline, as in cpu_vector.h.
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu_vector.h"
+
+namespace pyvitfast::PVF_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorsPerTile = 4;  // of 32 registers: 6 x 4 sums, 4 operands, a broadcast
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorsPerTile = 2;  // of 16 registers: 6 x 2 sums, 2 operands, a broadcast
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorsPerTile = 2;
+#endif
+constexpr int kRowsPerTile = 6;
+
+using WideFloats = float __attribute__((vector_size(kVectorBytes)));
+using WideDoubles = double __attribute__((vector_size(kVectorBytes)));
+using WideInts = int32_t __attribute__((vector_size(kVectorBytes)));
+using WideLongs = int64_t __attribute__((vector_size(kVectorBytes)));
+
+template <typename A>
+struct WideOf;
+template <>
+struct WideOf<float> {
+    using type = WideFloats;
+    using index = WideInts;
+};
+template <>
+struct WideOf<double> {
+    using type = WideDoubles;
+    using index = WideLongs;
+};
+template <typename A>
+using Wide = typename WideOf<A>::type;
+template <typename A>
+constexpr int kWide = kVectorBytes / static_cast<int>(sizeof(A));
+
+// By name: the compiler may not contract by itself, see CMakeLists.txt.
+PVF_INLINE WideFloats multiply_add(WideFloats a, WideFloats b, WideFloats c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<WideFloats>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<WideFloats>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+PVF_INLINE WideDoubles multiply_add(WideDoubles a, WideDoubles b, WideDoubles c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<WideDoubles>(_mm512_fmadd_pd(
+        reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<WideDoubles>(_mm256_fmadd_pd(
+        reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+template <typename A>
+PVF_INLINE Wide<A> load_wide(const A* from) {
+    return load_unaligned<Wide<A>>(from);
+}
+
+// The sums of kCount vectors side by side in one: neighbours are folded in half and joined, level by
+// level. At each level a vector holds the folded remains, kCount lanes each, of several.
+template <typename A, int kCount>
+PVF_INLINE Wide<A> sums_of(const Wide<A>* vectors) {
+    if constexpr (kCount == 1) {
+        return vectors[0];
+    } else {
+        constexpr int kHeld = kWide<A> / kCount;
+        constexpr int kHalf = kCount / 2;
+        typename WideOf<A>::index low{};
+        typename WideOf<A>::index high{};
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWide<A>; ++lane) {
+            const int from = lane / kHalf;
+            const int begin =
+                from < kHeld ? from * kCount : kWide<A> + (from - kHeld) * kCount;
+            low[lane] = begin + lane % kHalf;
+            high[lane] = begin + lane % kHalf + kHalf;
+        }
+        Wide<A> joined[kHalf];
+#pragma GCC unroll 16
+        for (int i = 0; i < kHalf; ++i) {
+            joined[i] = __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], low) +
+                        __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], high);
+        }
+        return sums_of<A, kHalf>(joined);
+    }
+}
+
+template <typename A>
+PVF_INLINE A sum_of(Wide<A> vector) {
+    A total = vector[0];
+    for (int lane = 1; lane < kWide<A>; ++lane) {
+        total += vector[lane];
+    }
+    return total;
+}
+
+// out[j][i] = left row j . row i, for kLeft left rows and kWide rows, of which `count` exist and the
+// others come out as copies of the last.
+template <typename A, int kLeft>
+PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const A* left,
+                         int64_t left_stride, int64_t k, A* out, int64_t out_stride) {
+    constexpr int kLength = kWide<A>;
+    constexpr int kRows = kLength / kLeft;
+    for (int64_t first = 0; first < kLength && first < count; first += kRows) {
+        const A* row[kRows];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            row[i] = rows + (first + i < count ? first + i : count - 1) * row_stride;
+        }
+        Wide<A> sums[kLength] = {};
+        int64_t at = 0;
+        for (; at + kLength <= k; at += kLength) {
+            Wide<A> other[kLeft];
+#pragma GCC unroll 4
+            for (int j = 0; j < kLeft; ++j) {
+                other[j] = load_wide(left + j * left_stride + at);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i) {
+                const Wide<A> mine = load_wide(row[i] + at);
+#pragma GCC unroll 4
+                for (int j = 0; j < kLeft; ++j) {
+                    sums[j * kRows + i] = multiply_add(mine, other[j], sums[j * kRows + i]);
+                }
+            }
+        }
+        const Wide<A> totals = sums_of<A, kLength>(sums);
+        for (int j = 0; j < kLeft; ++j) {
+            for (int i = 0; i < kRows && first + i < count; ++i) {
+                A total = totals[j * kRows + i];
+                for (int64_t rest = at; rest < k; ++rest) {
+                    total += row[i][rest] * left[j * left_stride + rest];
+                }
+                out[j * out_stride + first + i] = total;
+            }
+        }
+    }
+}
+
+// out[j][i] = left row j . row i, for all left rows; `count` is kWide at most.
+template <typename A>
+PVF_INLINE void dot(const A* rows, int64_t row_stride, int64_t count, const A* left,
+                    int64_t left_stride, int64_t left_count, int64_t k, A* out,
+                    int64_t out_stride) {
+    int64_t j = 0;
+    if constexpr (kWide<A> >= 16) {
+        for (; j + 4 <= left_count; j += 4) {
+            dot_rows<A, 4>(rows, row_stride, count, left + j * left_stride, left_stride, k,
+                           out + j * out_stride, out_stride);
+        }
+    }
+    if constexpr (kWide<A> >= 4) {
+        for (; j + 2 <= left_count; j += 2) {
+            dot_rows<A, 2>(rows, row_stride, count, left + j * left_stride, left_stride, k,
+                           out + j * out_stride, out_stride);
+        }
+    }
+    for (; j < left_count; ++j) {
+        dot_rows<A, 1>(rows, row_stride, count, left + j * left_stride, left_stride, k,
+                       out + j * out_stride, out_stride);
+    }
+}
+
+// A factor [m, k] of single values anywhere in memory.
+template <typename A>
+struct Scalars {
+    const A* data;
+    int64_t row;
+    int64_t col;
+};
+
+template <typename A, int kRows, int kVectors>
+PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride, int64_t k, A* out,
+                           int64_t out_stride, bool add) {
+    Wide<A> sums[kRows][kVectors] = {};
+    if (add) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                sums[i][v] = load_wide(out + i * out_stride + v * kWide<A>);
+            }
+        }
+    }
+    for (int64_t at = 0; at < k; ++at) {
+        Wide<A> vectors[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            vectors[v] = load_wide(right + at * right_stride + v * kWide<A>);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const Wide<A> scalar = left.data[i * left.row + at * left.col] - Wide<A>{};
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                sums[i][v] = multiply_add(scalar, vectors[v], sums[i][v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            store_unaligned(out + i * out_stride + v * kWide<A>, sums[i][v]);
+        }
+    }
+}
+
+// Rows [0, m) of kVectors vectors, in groups of nearly equal size.
+template <typename A, int kVectors>
+PVF_INLINE void outer_column(Scalars<A> left, const A* right, int64_t right_stride, int64_t m,
+                             int64_t k, A* out, int64_t out_stride, bool add) {
+    const int64_t groups = (m + kRowsPerTile - 1) / kRowsPerTile;
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t begin = m * group / groups;
+        const int64_t rows = m * (group + 1) / groups - begin;
+        const Scalars<A> part{left.data + begin * left.row, left.row, left.col};
+        A* target = out + begin * out_stride;
+        switch (rows) {
+            case 1:
+                outer_tile<A, 1, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+            case 2:
+                outer_tile<A, 2, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+            case 3:
+                outer_tile<A, 3, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+            case 4:
+                outer_tile<A, 4, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+            case 5:
+                outer_tile<A, 5, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+            default:
+                outer_tile<A, 6, kVectors>(part, right, right_stride, k, target, out_stride, add);
+                break;
+        }
+    }
+}
+
+// out = left [m, k] @ right [k, n], or added to it. Rows of `right` and `out` are dense.
+template <typename A>
+static void outer(Scalars<A> left, const A* right, int64_t right_stride, int64_t m, int64_t n,
+                  int64_t k, A* out, int64_t out_stride, bool add) {
+    constexpr int64_t kBlock = kVectorsPerTile * kWide<A>;
+    int64_t col = 0;
+    for (; col + kBlock <= n; col += kBlock) {
+        outer_column<A, kVectorsPerTile>(left, right + col, right_stride, m, k, out + col,
+                                         out_stride, add);
+    }
+    for (; col + kWide<A> <= n; col += kWide<A>) {
+        outer_column<A, 1>(left, right + col, right_stride, m, k, out + col, out_stride, add);
+    }
+    for (; col < n; ++col) {
+        for (int64_t i = 0; i < m; ++i) {
+            A total = add ? out[i * out_stride + col] : A(0);
+            for (int64_t at = 0; at < k; ++at) {
+                total += left.data[i * left.row + at * left.col] * right[at * right_stride + col];
+            }
+            out[i * out_stride + col] = total;
+        }
+    }
+}
+
+// exp(x) for x that is not positive, or NaN; relative error below 2e-7, 0 where it would be subnormal.
+PVF_INLINE WideFloats exp_of(WideFloats x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const WideFloats shifted = multiply_add(x, 1.44269504f - WideFloats{}, kRound - WideFloats{});
+    const WideFloats whole = shifted - kRound;
+    WideFloats r = multiply_add(whole, -0.693359375f - WideFloats{}, x);
+    r = multiply_add(whole, 2.12194440e-4f - WideFloats{}, r);
+    WideFloats p = 1.0f / 5040 - WideFloats{};
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+        p = multiply_add(p, r, term - WideFloats{});
+    }
+    const WideInts exponent = reinterpret_cast<WideInts>(shifted) << 23;
+    const WideFloats value = reinterpret_cast<WideFloats>(reinterpret_cast<WideInts>(p) + exponent);
+    const WideInts tiny = x < -87.0f;
+    const WideFloats kept = reinterpret_cast<WideFloats>(reinterpret_cast<WideInts>(value) & ~tiny);
+    return x == x ? kept : x;
+}
+
+PVF_INLINE WideDoubles exp_of(WideDoubles x) {
+    for (int lane = 0; lane < kWide<double>; ++lane) {
+        x[lane] = std::exp(x[lane]);
+    }
+    return x;
+}
+
+}  // namespace pyvitfast::PVF_CPU_CAPABILITY
