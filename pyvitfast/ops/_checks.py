@@ -18,7 +18,7 @@ def call(name: str) -> Any:
 
     if not STATUS.loaded:
         raise ImportError(f"{name}: {STATUS.reasons['cpu']}. pyvitfast.reference.{name} works without it.")
-    return getattr(torch.ops.pyvitfast, name)
+    return getattr(torch.ops.pyvitfast, name).default
 
 
 def defined() -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
-from pyvitfast.reference.linear_cross_attention import linear_cross_attention as unfolded
+from pyvitfast.reference.linear_cross_attention import linear_cross_attention as reference
 
 NAME = "linear_cross_attention"
+NAMES = (
+    "query", "tokens", "q_weight", "k_weight", "v_weight", "proj_weight",
+    "q_bias", "k_bias", "v_bias", "proj_bias", "norm_weight", "norm_bias",
+)  # fmt: skip
 _ALIGNMENT = 16  # elements to which each part of what is kept for the backward is rounded up
 
 
@@ -23,21 +28,20 @@ def folds(rows: int, channels: int, num_heads: int) -> bool:
     return rows * (channels + 1 - num_heads) >= channels
 
 
-def _check(
-    query: Tensor,
-    tokens: Tensor,
-    weights: tuple[Tensor, ...],
-    vectors: dict[str, Tensor | None],
-    num_heads: int,
-) -> None:
-    named = {"query": query, "tokens": tokens}
-    named.update(zip(("q_weight", "k_weight", "v_weight", "proj_weight"), weights, strict=True))
-    for name, value in (*named.items(), *vectors.items()):
+def _autocast(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def _check(inputs: tuple[Tensor | None, ...], num_heads: int) -> None:
+    named = dict(zip(NAMES, inputs, strict=True))
+    for name, value in named.items():
         if isinstance(value, Tensor):
             _checks.dense(NAME, name, value)
             _checks.dtype_in(NAME, name, value, _checks.FLOATS)
-        elif value is not None or name in named:
+        elif value is not None or name in NAMES[:6]:
             raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(value).__name__}.")
+    present = {name: t for name, t in named.items() if t is not None}
+    query, tokens = present["query"], present["tokens"]
     if query.ndim != 2:
         raise ValueError(f"{NAME}: `query` must have shape [B, C], got {list(query.shape)}.")
     batch, channels = query.shape
@@ -50,27 +54,39 @@ def _check(
         raise TypeError(f"{NAME}: `num_heads` must be a whole number, got {type(num_heads).__name__}.")
     if num_heads < 1 or channels < 1 or channels % num_heads:
         raise ValueError(f"{NAME}: `num_heads` must divide the {channels} channels, got {num_heads}.")
-    for name, weight in named.items():
-        if name.endswith("weight") and tuple(weight.shape) != (channels, channels):
-            raise ValueError(f"{NAME}: `{name}` must have shape [C, C], C {channels}, got {list(weight.shape)}.")
-    for name, vector in vectors.items():
-        if vector is not None and tuple(vector.shape) != (channels,):
-            raise ValueError(f"{NAME}: `{name}` must have shape [C], C {channels}, got {list(vector.shape)}.")
-    if vectors["norm_bias"] is not None and vectors["norm_weight"] is None:
+    for name, tensor in present.items():
+        matrix = name in NAMES[2:6]
+        shape = (channels, channels) if matrix else (channels,)
+        if name not in ("query", "tokens") and tuple(tensor.shape) != shape:
+            rule = "[C, C]" if matrix else "[C]"
+            raise ValueError(
+                f"{NAME}: `{name}` must have shape {rule}, C {channels}, got {list(tensor.shape)}."
+            )
+    if "norm_bias" in present and "norm_weight" not in present:
         raise ValueError(f"{NAME}: `norm_bias` needs `norm_weight`; ones give LayerNorm without a factor.")
-    present = [(name, t) for name, t in (*named.items(), *vectors.items()) if t is not None]
-    _checks.same_device(NAME, present)
-    mixed = torch.is_autocast_enabled(tokens.device.type)
-    for name, tensor in present[1:]:
+    _checks.same_device(NAME, list(present.items()))
+    mixed = _autocast(tokens.device.type)
+    for name, tensor in present.items():
         if tensor.dtype == query.dtype:
             continue
         # LayerNorm often keeps float32 parameters in a 16-bit model, as torch allows.
         loose = mixed or name.startswith("norm")
         if torch.float64 in (tensor.dtype, query.dtype) or not loose:
+            want, got = (str(t.dtype).removeprefix("torch.") for t in (query, tensor))
             raise TypeError(
-                f"{NAME}: `{name}` must have the dtype of `query`, {str(query.dtype).removeprefix('torch.')}, "
-                f"got {str(tensor.dtype).removeprefix('torch.')}; autocast may mix all but float64."
+                f"{NAME}: `{name}` must have the dtype of `query`, {want}, got {got}; autocast may mix all "
+                "but float64."
             )
+
+
+def _unfolded(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps: float) -> Tensor:
+    """Keys and values after all, in float32 as the kernels."""
+    named: dict[str, Any] = dict(zip(NAMES, inputs, strict=True))
+    dtype, device = named["query"].dtype, named["query"].device.type
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    named = {name: None if tensor is None else tensor.to(wide) for name, tensor in named.items()}
+    with torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext():
+        return reference(num_heads=num_heads, scale=scale, eps=eps, **named).to(dtype)
 
 
 def linear_cross_attention(
@@ -143,29 +159,33 @@ def linear_cross_attention(
         >>> pyvitfast.ops.linear_cross_attention(query, tokens, zero, eye, eye, eye, num_heads=1)
         tensor([[2., 2.]])
     """
-    op = _checks.call(NAME)
-    weights = (q_weight, k_weight, v_weight, proj_weight)
-    biases = (q_bias, k_bias, v_bias, proj_bias)
-    norm = (norm_weight, norm_bias)
-    names = ("q_bias", "k_bias", "v_bias", "proj_bias", "norm_weight", "norm_bias")
-    _check(query, tokens, weights, dict(zip(names, (*biases, *norm), strict=True)), num_heads)
-    channels = query.shape[1]
-    scale = (channels // num_heads) ** -0.5 if scale is None else scale
-    if not folds(tokens.shape[1] + 1, channels, num_heads):
-        return unfolded(
-            query,
-            tokens,
-            *weights,
-            num_heads=num_heads,
-            scale=scale,
-            eps=eps,
-            **dict(zip(names, (*biases, *norm), strict=True)),
-        )
-    inputs = (query, tokens, *weights, *biases, *norm)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    result: Tensor = op(*inputs, num_heads, eps, scale, keep)[0]
-    device = tokens.device.type
-    if torch.is_autocast_enabled(device) and result.dtype != torch.float64:
+    inputs = (
+        query, tokens, q_weight, k_weight, v_weight, proj_weight,
+        q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        _check(inputs, num_heads)
+    try:
+        device = tokens.device.type
+        channels = query.shape[1]
+        scale = (channels // num_heads) ** -0.5 if scale is None else scale
+        cast = _autocast(device)
+        mixed = not cast and any(t is not None and t.dtype != query.dtype for t in inputs[1:])
+        if mixed or (norm_weight is None and norm_bias is not None):
+            _check(inputs, num_heads)
+        if not folds(tokens.shape[1] + 1, channels, num_heads):
+            _check(inputs, num_heads)
+            result = _unfolded(inputs, num_heads, scale, eps)
+        else:
+            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+            result = _checks.call(NAME)(*inputs, num_heads, eps, scale, keep)[0]
+    except ImportError:
+        raise
+    except Exception:
+        # The kernels' own checks are enough, and free; these here find the words.
+        _check(inputs, num_heads)
+        raise
+    if cast and result.dtype != torch.float64:
         result = result.to(torch.get_autocast_dtype(device))
     return result
 
@@ -179,9 +199,8 @@ def _kept_size(batch: int, tokens: int, channels: int, num_heads: int, norm: boo
     return sum((size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT for size in sizes)
 
 
-def _fake(
-    query: Tensor, tokens: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check((query, tokens, *rest[:10]), rest[10])
     norm_weight, num_heads, keep = rest[8], rest[10], rest[13]
     batch, count, channels = tokens.shape
     size = _kept_size(batch, count, channels, num_heads, norm_weight is not None) if keep else 0
@@ -193,9 +212,7 @@ def _fake_backward(grad: Tensor, kept: Tensor, query: Tensor, tokens: Tensor, *r
     weights, biases, norm = rest[:4], rest[4:8], rest[8:10]
     dense = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, tokens, *weights)]
     channels = query.shape[1]
-    slopes = [
-        (w if b is None else b).new_empty((channels,)) for w, b in zip(weights, biases, strict=True)
-    ]
+    slopes = [(w if b is None else b).new_empty((channels,)) for w, b in zip(weights, biases, strict=True)]
     size = 0 if norm[0] is None else channels
     slopes += [(weights[0] if n is None else n).new_empty((size,)) for n in norm]
     return dense + slopes

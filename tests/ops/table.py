@@ -49,7 +49,9 @@ class OpTable:
 
     ``bound`` gives, from the inputs and the float64 result, how far each output may be off.
     ``mutated`` picks the tensors an in-place op writes out of its arguments.
-    ``inputs`` picks the differentiable tensors out of the arguments; None: not differentiable.
+    ``inputs`` picks the differentiable tensors out of args and kwargs; None: not differentiable.
+    ``gradient_slack`` widens the bound of gradients that are long sums. ``casts`` says that autocast sets
+    the dtype of the result.
     """
 
     op: str
@@ -58,7 +60,9 @@ class OpTable:
     bound: Callable[[tuple[Any, ...], dict[str, Any], Any, torch.dtype], list[Tensor]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     mutated: Callable[[tuple[Any, ...]], list[Tensor]] | None = None
-    inputs: Callable[[tuple[Any, ...]], list[Tensor]] | None = None
+    inputs: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]] | None = None
+    gradient_slack: float = 1.0
+    casts: bool = False
 
 
 def outputs_of(table: OpTable, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:

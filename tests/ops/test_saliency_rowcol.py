@@ -115,7 +115,7 @@ TABLE = OpTable(
         ),
     ],
     bound=bound,
-    inputs=lambda args: [*args[0], *args[1]],
+    inputs=lambda args, _: [*args[0], *args[1]],
 )
 
 

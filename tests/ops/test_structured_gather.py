@@ -119,7 +119,7 @@ TABLE = OpTable(
         BadCall("device", ValueError, "must be on the device", bad([W], [I2.to("meta")], [None])),
     ],
     bound=bound,
-    inputs=lambda args: args[0],
+    inputs=lambda args, _: args[0],
 )
 
 

@@ -106,6 +106,23 @@ Arguments describe(const Tensor& query, const Tensor& tokens, const TensorList& 
                    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                    int64_t num_heads, double eps, double scale) {
     Arguments in;
+    const auto check = [&](const Tensor& tensor) {
+        STD_TORCH_CHECK(tensor.is_cpu() == tokens.is_cpu() &&
+                            tensor.get_device_index() == tokens.get_device_index(),
+                        kName, ": all tensors must be on one device");
+        STD_TORCH_CHECK((float_type(kName, tensor) == FloatType::kFloat64) ==
+                            (tokens.scalar_type() == DType::Double),
+                        kName, ": float64 cannot be mixed with other dtypes in one call");
+    };
+    check(query);
+    for (const Tensor& weight : weights) {
+        check(weight);
+    }
+    for (const auto& vector : {biases[0], biases[1], biases[2], biases[3], norm_weight, norm_bias}) {
+        if (vector) {
+            check(*vector);
+        }
+    }
     STD_TORCH_CHECK(query.dim() == 2 && tokens.dim() == 3, kName,
                     ": `query` must have rank 2 and `tokens` rank 3");
     in.batch = query.size(0);
@@ -125,8 +142,6 @@ Arguments describe(const Tensor& query, const Tensor& tokens, const TensorList& 
         STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(0) == in.channels &&
                             weights[i].size(1) == in.channels,
                         kName, ": weights must have shape [", in.channels, ", ", in.channels, "]");
-        STD_TORCH_CHECK((weights[i].scalar_type() == DType::Double) == in.wide, kName,
-                        ": float64 cannot be mixed with other dtypes in one call");
         in.weights[i] = with_dense_rows(weights[i]);
         in.biases[i] = dense_vector(biases[i], in.channels, "bias");
     }
@@ -217,7 +232,7 @@ class Runner {
         int64_t work = 0;
         for (auto& product : products) {
             product.tile_begin = table.tiles;
-            table.tiles += product_tiles(product);
+            table.tiles += cpu_product_tiles(product);
             work += product.batch * product.m * product.n * product.k;
             table.products[table.count++] = product;
         }

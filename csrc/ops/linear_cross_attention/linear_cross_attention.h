@@ -39,7 +39,7 @@ struct ProductTable {
     int64_t tiles;
 };
 
-// Rows and columns of the result that one task computes.
+// Rows and columns of the result that one block computes.
 constexpr int kProductTileRows = 32;
 constexpr int kProductTileCols = 64;
 
@@ -94,6 +94,24 @@ struct CrossAttentionParams {
     void* d_gamma_rows;  // [B, C], to be summed over images; null without LayerNorm
     void* d_beta_rows;   // [B, C]; null likewise
 };
+
+// Rows and columns of the result that one CPU task computes: few rows against rows of the right
+// factor take these whole, as they lie in memory.
+struct CpuProductTile {
+    int64_t rows;
+    int64_t cols;
+};
+constexpr int64_t kCpuProductTileSize = 2048;
+
+inline __attribute__((always_inline)) CpuProductTile cpu_product_tile(const Product& product) {
+    return product.m <= 4 && product.right.col == 1 ? CpuProductTile{4, 512} : CpuProductTile{32, 64};
+}
+
+inline __attribute__((always_inline)) int64_t cpu_product_tiles(const Product& product) {
+    const CpuProductTile tile = cpu_product_tile(product);
+    return product.batch * ((product.m + tile.rows - 1) / tile.rows) *
+           ((product.n + tile.cols - 1) / tile.cols);
+}
 
 struct LinearCrossAttentionCpu {
     // Tiles [begin, end) of the products of a table.

@@ -83,10 +83,11 @@ PVF_INLINE bool holds(const MatrixView& view) {
     return view.type == (sizeof(A) == 8 ? FloatType::kFloat64 : FloatType::kFloat32);
 }
 
-// One tile of a product into `tile` [rows, kProductTileCols].
+// One tile of a product into `tile`.
 template <typename A>
 static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t rows, int64_t col0,
-                          int64_t cols, A* tile, A* scratch) {
+                          int64_t cols, A* tile, int64_t tile_stride, A* scratch,
+                          Stream& stream) {
     static constexpr A kOne = 1;
     const Scalars<A> left =
         p.left.data == nullptr
@@ -94,24 +95,25 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
             : Scalars<A>{address<A>(p.left, entry, row0, 0), p.left.row, p.left.col};
     if (p.right.col == 1) {
         const A* right = scratch;
-        int64_t stride = kProductTileCols;
+        int64_t stride = tile_stride;
         if (holds<A>(p.right) && cols % kWide<A> == 0) {
             right = address<A>(p.right, entry, 0, col0);
             stride = p.right.row;
+            stream.cover(address<A>(p.right, entry, 0, 0), address<A>(p.right, p.batch - 1, p.k, 0));
         } else {
             for (int64_t k = 0; k < p.k; ++k) {
-                A* to = scratch + k * kProductTileCols;
+                A* to = scratch + k * tile_stride;
                 const A* from = row_of<A>(p.right, entry, k, col0, cols, to);
                 for (int64_t i = 0; from != to && i < cols; ++i) {
                     to[i] = from[i];
                 }
-                for (int64_t i = cols; i < kProductTileCols; ++i) {
+                for (int64_t i = cols; i < tile_stride; ++i) {
                     to[i] = A(0);
                 }
             }
             cols = (cols + kWide<A> - 1) / kWide<A> * kWide<A>;
         }
-        outer(left, right, stride, rows, cols, p.k, tile, kProductTileCols, false);
+        outer(left, right, stride, rows, cols, p.k, tile, tile_stride, false, stream);
         return;
     }
     for (int64_t col = 0; col < cols; col += kWide<A>) {
@@ -121,13 +123,14 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
         if (holds<A>(p.right)) {
             weights = address<A>(p.right, entry, 0, col0 + col);
             stride = p.right.col;
+            stream.cover(weights, address<A>(p.right, p.batch - 1, 0, p.n));
         } else {
             for (int64_t i = 0; i < count; ++i) {
                 row_of<A>(p.right, entry, 0, col0 + col + i, p.k, scratch + i * p.k);
             }
         }
         dot(weights, stride, count, left.data, left.row, rows, p.k, tile + col,
-            int64_t{kProductTileCols});
+            tile_stride, stream);
     }
 }
 
@@ -137,29 +140,32 @@ static void products_of(const ProductTable& table, int64_t begin, int64_t end) {
     for (int i = 0; i < table.count; ++i) {
         longest = std::max(longest, table.products[i].k);
     }
-    const Scratch<A> scratch(longest * kProductTileCols);
-    A tile[kProductTileRows * kProductTileCols];
-    A bias_buffer[kProductTileCols];
+    constexpr int64_t kMostCols = kCpuProductTileSize / 4;
+    const Scratch<A> scratch(longest * kMostCols);
+    alignas(64) A tile[kCpuProductTileSize];
+    A bias_buffer[kMostCols];
+    Stream stream;
     for (int64_t task = begin; task < end; ++task) {
         int which = table.count - 1;
         while (table.products[which].tile_begin > task) {
             --which;
         }
         const Product& p = table.products[which];
+        const CpuProductTile size = cpu_product_tile(p);
         const int64_t local = task - p.tile_begin;
-        const int64_t col_tiles = product_col_tiles(p);
-        const int64_t row_tiles = product_row_tiles(p);
-        const int64_t col0 = local % col_tiles * kProductTileCols;
-        const int64_t row0 = local / col_tiles % row_tiles * kProductTileRows;
+        const int64_t col_tiles = (p.n + size.cols - 1) / size.cols;
+        const int64_t row_tiles = (p.m + size.rows - 1) / size.rows;
+        const int64_t col0 = local % col_tiles * size.cols;
+        const int64_t row0 = local / col_tiles % row_tiles * size.rows;
         const int64_t entry = local / col_tiles / row_tiles;
-        const int64_t rows = std::min<int64_t>(kProductTileRows, p.m - row0);
-        const int64_t cols = std::min<int64_t>(kProductTileCols, p.n - col0);
-        multiply_tile<A>(p, entry, row0, rows, col0, cols, tile, scratch.data());
+        const int64_t rows = std::min(size.rows, p.m - row0);
+        const int64_t cols = std::min(size.cols, p.n - col0);
+        multiply_tile<A>(p, entry, row0, rows, col0, cols, tile, size.cols, scratch.data(), stream);
         const A alpha = static_cast<A>(p.alpha);
         const A* bias =
             p.bias.data == nullptr ? nullptr : row_of<A>(p.bias, entry, 0, col0, cols, bias_buffer);
         for (int64_t row = 0; row < rows; ++row) {
-            A* values = tile + row * kProductTileCols;
+            A* values = tile + row * size.cols;
             for (int64_t col = 0; col < cols; ++col) {
                 values[col] = values[col] * alpha + (bias == nullptr ? A(0) : bias[col]);
             }
@@ -323,13 +329,15 @@ PVF_INLINE Split split_of(const CrossAttentionParams& p, int64_t task) {
 // out[j][n] = left row j . row n of the split, the query's row first.
 template <typename A>
 PVF_INLINE void dot_split(const CrossAttentionParams& p, const Split& split, const A* query,
-                          Rows<A> rows, const A* left, A* out, int64_t out_stride) {
+                          Rows<A> rows, const A* left, A* out, int64_t out_stride,
+                          Stream& stream) {
     if (split.queries > 0) {
-        dot(query, int64_t{0}, int64_t{1}, left, p.channels, p.heads, p.channels, out, out_stride);
+        dot(query, int64_t{0}, int64_t{1}, left, p.channels, p.heads, p.channels, out, out_stride,
+            stream);
     }
     for (int64_t n = 0; n < split.count; n += kWide<A>) {
         dot(rows.data + n * rows.stride, rows.stride, std::min<int64_t>(kWide<A>, split.count - n),
-            left, p.channels, p.heads, p.channels, out + split.queries + n, out_stride);
+            left, p.channels, p.heads, p.channels, out + split.queries + n, out_stride, stream);
     }
 }
 
@@ -337,14 +345,26 @@ PVF_INLINE void dot_split(const CrossAttentionParams& p, const Split& split, con
 template <typename A>
 PVF_INLINE void sum_split(const CrossAttentionParams& p, const Split& split, const A* query,
                           Rows<A> rows, const A* weights, int64_t weights_stride, A* out,
-                          int64_t out_stride) {
+                          int64_t out_stride, Stream& stream) {
     const Scalars<A> left{weights, weights_stride, 1};
     if (split.queries > 0) {
-        outer(left, query, int64_t{0}, p.heads, p.channels, int64_t{1}, out, out_stride, false);
+        outer(left, query, int64_t{0}, p.heads, p.channels, int64_t{1}, out, out_stride, false,
+              stream);
     }
     const Scalars<A> others{weights + split.queries, weights_stride, 1};
     outer(others, rows.data, rows.stride, p.heads, p.channels, split.count, out, out_stride,
-          split.queries > 0);
+          split.queries > 0, stream);
+}
+
+// The tokens of this task and the next one, which is next in memory too, or else little is lost.
+PVF_INLINE void cover_tokens(const CrossAttentionParams& p, int64_t task, int64_t end,
+                             Stream& stream) {
+    with_float(p.token.type, [&]<typename T>(Type<T>) {
+        const Split split = split_of(p, task);
+        const Split last = split_of(p, std::min(task + 1, end - 1));
+        stream.cover(address<T>(p.token, split.image, split.first, 0),
+                     address<T>(p.token, last.image, last.first + last.count, 0));
+    });
 }
 
 PVF_INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -352,9 +372,15 @@ PVF_INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 // Scores become exp(score - peak); returns peak and sum.
 template <typename A>
 PVF_INLINE void exponentials(A* scores, int64_t count, A* peak, A* total) {
-    A greatest = scores[0];
-    for (int64_t n = 1; n < count; ++n) {
-        greatest = scores[n] > greatest ? scores[n] : greatest;
+    std::fill(scores + count, scores + padded(count), scores[0]);
+    Wide<A> peaks = load_wide(scores);
+    for (int64_t n = kWide<A>; n < padded(count); n += kWide<A>) {
+        const Wide<A> values = load_wide(scores + n);
+        peaks = values > peaks ? values : peaks;
+    }
+    A greatest = peaks[0];
+    for (int lane = 1; lane < kWide<A>; ++lane) {
+        greatest = peaks[lane] > greatest ? peaks[lane] : greatest;
     }
     Wide<A> sums = {};
     for (int64_t n = 0; n < padded(count); n += kWide<A>) {
@@ -381,6 +407,7 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
     A* const buffer = scores + h * pad;
     const Affine<A> affine(p, scratch.data());
     std::fill(scores, scores + h * pad, A(0));
+    Stream stream;
     for (int64_t task = begin; task < end; ++task) {
         const Split split = split_of(p, task);
         const int64_t b = split.image;
@@ -393,7 +420,8 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
             u = gamma_u;
         }
         const Rows<A> rows = rows_of_split<A, false>(p, b, split.first, split.count, buffer);
-        dot_split(p, split, query, rows, u, scores, pad);
+        cover_tokens(p, task, end, stream);
+        dot_split(p, split, query, rows, u, scores, pad, stream);
         const int64_t count = split.queries + split.count;
         A* sums = part<A>(p.partial, task * h * (c + 2));
         for (int64_t j = 0; j < h; ++j) {
@@ -404,7 +432,7 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
             }
             exponentials(row, count, sums + j * (c + 2) + c, sums + j * (c + 2) + c + 1);
         }
-        sum_split(p, split, query, rows, scores, pad, sums, c + 2);
+        sum_split(p, split, query, rows, scores, pad, sums, c + 2, stream);
     }
 }
 
@@ -496,6 +524,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
     A* const slopes = buffer + p.tokens_per_split * c;
     const Affine<A> affine(p, scratch.data());
     const bool direct = !p.norm && holds<A>(p.d_token);
+    Stream stream;
     for (int64_t task = begin; task < end; ++task) {
         const Split split = split_of(p, task);
         const int64_t b = split.image;
@@ -509,7 +538,8 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
         }
         const Rows<A> rows = rows_of_split<A, true>(p, b, split.first, split.count, buffer);
         A* const slope_scores = weights + h * pad;
-        dot_split(p, split, query, rows, vectors, slope_scores, pad);
+        cover_tokens(p, task, end, stream);
+        dot_split(p, split, query, rows, vectors, slope_scores, pad, stream);
         for (int64_t j = 0; j < h; ++j) {
             const A delta = dot_of(vectors + j * c, part<A>(p.context_hat, (b * h + j) * c), c);
             const A peak = *part<A>(p.peak, b * h + j);
@@ -530,12 +560,12 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
         }
         if (split.queries > 0) {
             outer(Scalars<A>{weights, 1, pad}, vectors, c, int64_t{1}, c, 2 * h,
-                  part<A>(p.d_query_hat, b * c), c, false);
+                  part<A>(p.d_query_hat, b * c), c, false, stream);
         }
         A* const out = direct ? target<A>(p.d_token, b, split.first, 0) : slopes;
         const int64_t out_stride = direct ? p.d_token.row : c;
         outer(Scalars<A>{weights + split.queries, 1, pad}, vectors, c, split.count, c, 2 * h, out,
-              out_stride, false);
+              out_stride, false, stream);
         for (int64_t n = 0; n < split.count && !direct; ++n) {
             A* slope = slopes + n * c;
             if (p.norm) {
@@ -546,7 +576,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
                 narrow_row(slope, c, target<T>(p.d_token, b, split.first + n, 0));
             });
         }
-        sum_split(p, split, query, rows, slope_scores, pad, part<A>(p.partial, task * h * c), c);
+        sum_split(p, split, query, rows, slope_scores, pad, part<A>(p.partial, task * h * c), c, stream);
     }
 }
 
