@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "cpu_vector.h"
@@ -75,8 +76,8 @@ PVF_INLINE Wide<A> load_wide(const A* from) {
     return load_unaligned<Wide<A>>(from);
 }
 
-// The sums of kCount vectors side by side in one: neighbours are folded in half and joined, level by
-// level. At each level a vector holds the folded remains, kCount lanes each, of several.
+// The sums of kCount vectors side by side in one: neighbours are folded in half and joined, level
+// by level. At each level a vector holds the folded remains, kCount lanes each, of several.
 template <typename A, int kCount>
 PVF_INLINE Wide<A> sums_of(const Wide<A>* vectors) {
     if constexpr (kCount == 1) {
@@ -89,8 +90,7 @@ PVF_INLINE Wide<A> sums_of(const Wide<A>* vectors) {
 #pragma GCC unroll 16
         for (int lane = 0; lane < kWide<A>; ++lane) {
             const int from = lane / kHalf;
-            const int begin =
-                from < kHeld ? from * kCount : kWide<A> + (from - kHeld) * kCount;
+            const int begin = from < kHeld ? from * kCount : kWide<A> + (from - kHeld) * kCount;
             low[lane] = begin + lane % kHalf;
             high[lane] = begin + lane % kHalf + kHalf;
         }
@@ -114,13 +114,14 @@ PVF_INLINE A sum_of(Wide<A> vector) {
 }
 
 // What will be read later, asked for line by line while something else is computed. In order of
-// addresses, because only that wakes the hardware's second-level prefetcher, which has three times the
-// bandwidth of prefetch instructions.
+// addresses, because only that wakes the hardware's second-level prefetcher, which has three times
+// the bandwidth of prefetch instructions.
 struct Stream {
     const char* at = nullptr;
     const char* end = nullptr;
 
-    // The data of a task is from `begin` to `end`; what was asked for before is not asked for again.
+    // The data of a task is from `begin` to `end`; what was asked for before is not asked for
+    // again.
     __attribute__((always_inline)) void cover(const void* first, const void* past) {
         const char* begin = static_cast<const char*>(first);
         end = static_cast<const char*>(past);
@@ -170,8 +171,9 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
                 sums[i] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
             }
         } else {
+            Stream ahead = stream;
             for (int64_t at = 0; at < whole; at += kLength) {
-                stream.advance<kLines>();
+                ahead.advance<kLines>();
                 Wide<A> other[kLeft];
 #pragma GCC unroll 4
                 for (int j = 0; j < kLeft; ++j) {
@@ -186,15 +188,24 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
                     }
                 }
             }
+            stream = ahead;
         }
-        const Wide<A> totals = sums_of<A, kLength>(sums);
+        A totals[kLength];
+        store_unaligned(totals, sums_of<A, kLength>(sums));
+        for (int64_t rest = whole; rest < k; ++rest) {
+            for (int t = 0; t < kLength; ++t) {
+                totals[t] += row[t % kRows][rest] * left[t / kRows * left_stride + rest];
+            }
+        }
+        const int64_t present = count - first < kRows ? count - first : kRows;
+#pragma GCC unroll 4
         for (int j = 0; j < kLeft; ++j) {
-            for (int i = 0; i < kRows && first + i < count; ++i) {
-                A total = totals[j * kRows + i];
-                for (int64_t rest = whole; rest < k; ++rest) {
-                    total += row[i][rest] * left[j * left_stride + rest];
+            if (present == kRows) {
+                std::memcpy(out + j * out_stride + first, totals + j * kRows, sizeof(A) * kRows);
+            } else {
+                for (int64_t i = 0; i < present; ++i) {
+                    out[j * out_stride + first + i] = totals[j * kRows + i];
                 }
-                out[j * out_stride + first + i] = total;
             }
         }
     }
@@ -203,8 +214,8 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
 // out[j][i] = left row j . row i, for all left rows; `count` is kWide at most.
 template <typename A>
 PVF_INLINE void dot(const A* rows, int64_t row_stride, int64_t count, const A* left,
-                    int64_t left_stride, int64_t left_count, int64_t k, A* out,
-                    int64_t out_stride, Stream& stream) {
+                    int64_t left_stride, int64_t left_count, int64_t k, A* out, int64_t out_stride,
+                    Stream& stream) {
     int64_t j = 0;
     const auto pass = [&]<int kLeft>(std::integral_constant<int, kLeft>) {
         for (; j + kLeft <= left_count; j += kLeft) {
@@ -213,8 +224,8 @@ PVF_INLINE void dot(const A* rows, int64_t row_stride, int64_t count, const A* l
             if (j == 0) {
                 // The first pass brings the rows in; with few left rows there is little else to do.
                 constexpr int kLines = kLeft == 1 ? kWide<A> : kWide<A> / kLeft / 2;
-                dot_rows<A, kLeft, (kLines > 0 ? kLines : 1)>(rows, row_stride, count, part,
-                                                              left_stride, k, to, out_stride, stream);
+                dot_rows<A, kLeft, (kLines > 0 ? kLines : 1)>(
+                    rows, row_stride, count, part, left_stride, k, to, out_stride, stream);
             } else {
                 dot_rows<A, kLeft, 2>(rows, row_stride, count, part, left_stride, k, to, out_stride,
                                       stream);
@@ -251,8 +262,9 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
             }
         }
     }
+    Stream ahead = stream;
     for (int64_t at = 0; at < k; ++at) {
-        stream.advance<2>();
+        ahead.advance<2>();
         Wide<A> vectors[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -267,6 +279,7 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
             }
         }
     }
+    stream = ahead;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -288,22 +301,28 @@ PVF_INLINE void outer_column(Scalars<A> left, const A* right, int64_t right_stri
         A* target = out + begin * out_stride;
         switch (rows) {
             case 1:
-                outer_tile<A, 1, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 1, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
             case 2:
-                outer_tile<A, 2, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 2, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
             case 3:
-                outer_tile<A, 3, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 3, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
             case 4:
-                outer_tile<A, 4, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 4, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
             case 5:
-                outer_tile<A, 5, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 5, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
             default:
-                outer_tile<A, 6, kVectors>(part, right, right_stride, k, target, out_stride, add, stream);
+                outer_tile<A, 6, kVectors>(part, right, right_stride, k, target, out_stride, add,
+                                           stream);
                 break;
         }
     }
@@ -320,7 +339,8 @@ static void outer(Scalars<A> left, const A* right, int64_t right_stride, int64_t
                                          out_stride, add, stream);
     }
     for (; col + kWide<A> <= n; col += kWide<A>) {
-        outer_column<A, 1>(left, right + col, right_stride, m, k, out + col, out_stride, add, stream);
+        outer_column<A, 1>(left, right + col, right_stride, m, k, out + col, out_stride, add,
+                           stream);
     }
     for (; col < n; ++col) {
         for (int64_t i = 0; i < m; ++i) {
@@ -333,7 +353,8 @@ static void outer(Scalars<A> left, const A* right, int64_t right_stride, int64_t
     }
 }
 
-// exp(x) for x that is not positive, or NaN; relative error below 2e-7, 0 where it would be subnormal.
+// exp(x) for x that is not positive, or NaN; relative error below 2e-7, 0 where it would be
+// subnormal.
 PVF_INLINE WideFloats exp_of(WideFloats x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     const WideFloats shifted = multiply_add(x, 1.44269504f - WideFloats{}, kRound - WideFloats{});

@@ -118,7 +118,8 @@ Arguments describe(const Tensor& query, const Tensor& tokens, const TensorList& 
     for (const Tensor& weight : weights) {
         check(weight);
     }
-    for (const auto& vector : {biases[0], biases[1], biases[2], biases[3], norm_weight, norm_bias}) {
+    for (const auto& vector :
+         {biases[0], biases[1], biases[2], biases[3], norm_weight, norm_bias}) {
         if (vector) {
             check(*vector);
         }

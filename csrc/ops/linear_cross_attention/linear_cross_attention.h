@@ -104,7 +104,8 @@ struct CpuProductTile {
 constexpr int64_t kCpuProductTileSize = 2048;
 
 inline __attribute__((always_inline)) CpuProductTile cpu_product_tile(const Product& product) {
-    return product.m <= 4 && product.right.col == 1 ? CpuProductTile{4, 512} : CpuProductTile{32, 64};
+    return product.m <= 4 && product.right.col == 1 ? CpuProductTile{4, 512}
+                                                    : CpuProductTile{32, 64};
 }
 
 inline __attribute__((always_inline)) int64_t cpu_product_tiles(const Product& product) {

@@ -86,20 +86,19 @@ PVF_INLINE bool holds(const MatrixView& view) {
 // One tile of a product into `tile`.
 template <typename A>
 static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t rows, int64_t col0,
-                          int64_t cols, A* tile, int64_t tile_stride, A* scratch,
-                          Stream& stream) {
+                          int64_t cols, A* tile, int64_t tile_stride, A* scratch, Stream& stream) {
     static constexpr A kOne = 1;
-    const Scalars<A> left =
-        p.left.data == nullptr
-            ? Scalars<A>{&kOne, 0, 0}
-            : Scalars<A>{address<A>(p.left, entry, row0, 0), p.left.row, p.left.col};
+    const Scalars<A> left = p.left.data == nullptr ? Scalars<A>{&kOne, 0, 0}
+                                                   : Scalars<A>{address<A>(p.left, entry, row0, 0),
+                                                                p.left.row, p.left.col};
     if (p.right.col == 1) {
         const A* right = scratch;
         int64_t stride = tile_stride;
         if (holds<A>(p.right) && cols % kWide<A> == 0) {
             right = address<A>(p.right, entry, 0, col0);
             stride = p.right.row;
-            stream.cover(address<A>(p.right, entry, 0, 0), address<A>(p.right, p.batch - 1, p.k, 0));
+            stream.cover(address<A>(p.right, entry, 0, 0),
+                         address<A>(p.right, p.batch - 1, p.k, 0));
         } else {
             for (int64_t k = 0; k < p.k; ++k) {
                 A* to = scratch + k * tile_stride;
@@ -129,8 +128,8 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
                 row_of<A>(p.right, entry, 0, col0 + col + i, p.k, scratch + i * p.k);
             }
         }
-        dot(weights, stride, count, left.data, left.row, rows, p.k, tile + col,
-            tile_stride, stream);
+        dot(weights, stride, count, left.data, left.row, rows, p.k, tile + col, tile_stride,
+            stream);
     }
 }
 
@@ -204,12 +203,10 @@ PVF_INLINE Moments<A> moments_of(const A* row, int64_t count, double eps) {
         }
         return total;
     };
-    const A mean =
-        summed([](Wide<A> x, Wide<A> sum) { return sum + x; }) / static_cast<A>(count);
-    const A variance = summed([&](Wide<A> x, Wide<A> sum) {
-                           return multiply_add(x - mean, x - mean, sum);
-                       }) /
-                       static_cast<A>(count);
+    const A mean = summed([](Wide<A> x, Wide<A> sum) { return sum + x; }) / static_cast<A>(count);
+    const A variance =
+        summed([&](Wide<A> x, Wide<A> sum) { return multiply_add(x - mean, x - mean, sum); }) /
+        static_cast<A>(count);
     return {mean, A(1) / std::sqrt(variance + static_cast<A>(eps))};
 }
 
@@ -329,8 +326,7 @@ PVF_INLINE Split split_of(const CrossAttentionParams& p, int64_t task) {
 // out[j][n] = left row j . row n of the split, the query's row first.
 template <typename A>
 PVF_INLINE void dot_split(const CrossAttentionParams& p, const Split& split, const A* query,
-                          Rows<A> rows, const A* left, A* out, int64_t out_stride,
-                          Stream& stream) {
+                          Rows<A> rows, const A* left, A* out, int64_t out_stride, Stream& stream) {
     if (split.queries > 0) {
         dot(query, int64_t{0}, int64_t{1}, left, p.channels, p.heads, p.channels, out, out_stride,
             stream);
@@ -517,7 +513,8 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
     const int64_t h = p.heads;
     const int64_t pad = padded(1 + p.tokens_per_split);
     const Scratch<A> scratch(2 * c + 2 * h * c + 2 * h * pad + 2 * p.tokens_per_split * c);
-    // Rows of slopes and of u one below the other, and their weights likewise: d_row = sum over 2 H.
+    // Rows of slopes and of u one below the other, and their weights likewise: d_row = sum over 2
+    // H.
     A* const vectors = scratch.data() + 2 * c;
     A* const weights = vectors + 2 * h * c;
     A* const buffer = weights + 2 * h * pad;
@@ -576,7 +573,8 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
                 narrow_row(slope, c, target<T>(p.d_token, b, split.first + n, 0));
             });
         }
-        sum_split(p, split, query, rows, slope_scores, pad, part<A>(p.partial, task * h * c), c, stream);
+        sum_split(p, split, query, rows, slope_scores, pad, part<A>(p.partial, task * h * c), c,
+                  stream);
     }
 }
 
@@ -646,8 +644,8 @@ static void finish_query_of(const CrossAttentionParams& p, int64_t begin, int64_
     }
 }
 
-#define PVF_FLOAT_OR_DOUBLE(name, Argument)                                                     \
-    static void name(const Argument& argument, bool wide, int64_t begin, int64_t end) {         \
+#define PVF_FLOAT_OR_DOUBLE(name, Argument)                                                      \
+    static void name(const Argument& argument, bool wide, int64_t begin, int64_t end) {          \
         wide ? name##_of<double>(argument, begin, end) : name##_of<float>(argument, begin, end); \
     }
 PVF_FLOAT_OR_DOUBLE(products, ProductTable)
@@ -660,7 +658,6 @@ PVF_FLOAT_OR_DOUBLE(finish_query, CrossAttentionParams)
 
 extern const LinearCrossAttentionCpu linear_cross_attention_cpu;
 const LinearCrossAttentionCpu linear_cross_attention_cpu{
-    products,        normalize_query,  attend,      combine,
-    attend_backward, combine_backward, finish_query};
+    products, normalize_query, attend, combine, attend_backward, combine_backward, finish_query};
 
 }  // namespace pyvitfast::PVF_CPU_CAPABILITY
