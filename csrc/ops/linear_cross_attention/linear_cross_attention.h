@@ -95,6 +95,14 @@ struct CrossAttentionParams {
     void* d_beta_rows;   // [B, C]; null likewise
 };
 
+// What the CUDA kernels hold of an image at once must fit in the shared memory of the smallest
+// supported multiprocessor that allows 163 KB a block.
+constexpr int64_t kCrossAttentionMostShared = 163 * 1024;
+
+PVF_HOST_DEVICE bool cross_attention_fits(int64_t channels, int64_t heads, bool wide) {
+    return channels * (16 + 3 * heads) <= (wide ? 20'000 : 40'000);
+}
+
 // Rows and columns of the result that one CPU task computes: few rows against rows of the right
 // factor take these whole, as they lie in memory.
 struct CpuProductTile {
