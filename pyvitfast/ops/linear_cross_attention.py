@@ -28,6 +28,12 @@ def folds(rows: int, channels: int, num_heads: int) -> bool:
     return rows * (channels + 1 - num_heads) >= channels
 
 
+def _fits(tokens: Tensor, channels: int, num_heads: int) -> bool:
+    """Whether the CUDA kernels can hold one image's vectors in shared memory; the CPU has no such limit."""
+    most = 20_000 if tokens.dtype == torch.float64 else 40_000
+    return tokens.device.type != "cuda" or channels * (16 + 3 * num_heads) <= most
+
+
 def _autocast(device: str) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
@@ -148,7 +154,8 @@ def linear_cross_attention(
     Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
     depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
     and values would cost fewer multiply-accumulates (N = 0, or heads one or two channels wide over few
-    tokens) they are computed, in plain torch.
+    tokens) they are computed, in plain torch; on CUDA also where C (16 + 3 H) is above 40,000, or 20,000 in
+    float64.
 
     Source:
         CrossViT (Chen et al., ICCV 2021), section 3.3, eq. 5; the order of the products is ours.
@@ -173,7 +180,7 @@ def linear_cross_attention(
         mixed = not cast and any(t is not None and t.dtype != query.dtype for t in inputs[1:])
         if mixed or (norm_weight is None and norm_bias is not None):
             _check(inputs, num_heads)
-        if not folds(tokens.shape[1] + 1, channels, num_heads):
+        if not (folds(tokens.shape[1] + 1, channels, num_heads) and _fits(tokens, channels, num_heads)):
             _check(inputs, num_heads)
             result = _unfolded(inputs, num_heads, scale, eps)
         else:

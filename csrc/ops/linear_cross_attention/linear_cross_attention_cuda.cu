@@ -380,6 +380,7 @@ PVF_DEVICE void softmax_tile(const CrossAttentionParams& p, const SplitRows& row
         if (row < kTileRows) {
             put(j, row, value);
         }
+        sync_warp();  // all lanes have read the old peak
         if (row == 0) {
             store_shared(running.peak + j, peak);
             store_shared(running.total + j, load_shared(running.total + j) * factor + sum);
