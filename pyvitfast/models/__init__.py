@@ -1,8 +1,13 @@
 """Models the methods give back, their checkpoints and their summary."""
 
+from pyvitfast.models.accelerate import AccelerateReport, accelerate
 from pyvitfast.models.accounting import full_params, paper_macs, paper_params
 from pyvitfast.models.checkpoint import load, save
 from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.crossvit import CrossViT
+from pyvitfast.models.crossvit_config import CrossViTConfig, CrossViTDims
+from pyvitfast.models.crossvit_fusion import LinearMultiScaleBlock
+from pyvitfast.models.crossvit_variants import crossvit_filter_fn
 from pyvitfast.models.export import ExportReport, export
 from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.revit import revit_dims
@@ -19,8 +24,13 @@ from pyvitfast.models.vision_transformer import (
 )
 
 __all__ = [
+    "AccelerateReport",
     "BlockDims",
+    "CrossViT",
+    "CrossViTConfig",
+    "CrossViTDims",
     "ExportReport",
+    "LinearMultiScaleBlock",
     "ModelSummary",
     "PrunedAttention",
     "PrunedBlock",
@@ -32,6 +42,8 @@ __all__ = [
     "SwinDims",
     "ViTConfig",
     "ViTDims",
+    "accelerate",
+    "crossvit_filter_fn",
     "export",
     "full_params",
     "load",

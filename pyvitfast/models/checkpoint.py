@@ -19,13 +19,14 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from pyvitfast._version import __version__
-from pyvitfast.models.architecture import config_of
+from pyvitfast.models.architecture import Config, config_of
 from pyvitfast.models.config import ViTConfig
+from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.swin_config import SwinConfig
 
 FORMAT_VERSION = 1
-_KINDS: dict[type[ViTConfig] | type[SwinConfig], str] = {ViTConfig: "vit", SwinConfig: "swin"}
+_KINDS: dict[type[Config], str] = {ViTConfig: "vit", SwinConfig: "swin", CrossViTConfig: "crossvit"}
 _KEY = "pyvitfast"
 _SUFFIX = ".safetensors"
 
@@ -69,7 +70,7 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(architecture["name"], **architecture["arguments"])
         return model
     raise ValueError(
-        f"load: architecture kind must be 'vit', 'swin' or 'timm', got {architecture['kind']!r}."
+        f"load: architecture kind must be 'vit', 'swin', 'crossvit' or 'timm', got {architecture['kind']!r}."
     )
 
 

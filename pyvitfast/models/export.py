@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast.models.checkpoint import write_atomically
+from pyvitfast.models.crossvit_fusion import swap_blocks
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.summary import summary
 
@@ -151,6 +152,7 @@ def export(
     inner = unwrap(model)
     _check(inner, chosen)
     inner = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
+    swap_blocks(inner, enable=False)  # no runtime but ours has our op
     size = input_size or summary(inner).input_size
     dtype = next((p.dtype for p in inner.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)

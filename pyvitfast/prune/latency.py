@@ -17,7 +17,7 @@ from rich.progress import Progress
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
 
-from pyvitfast.models.architecture import Config
+from pyvitfast.models.architecture import Config, prunable_config_of
 from pyvitfast.models.checkpoint import write_atomically
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.modules import unwrap
@@ -397,6 +397,7 @@ class LatencyTable:
 
 
 def _config(model: nn.Module) -> ViTConfig:
+    prunable_config_of(model)  # names the families that are not pruned yet
     return ViTConfig.from_model(unwrap(model))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
-from pyvitfast.models.architecture import Dims, config_of
+from pyvitfast.models.architecture import Dims, prunable_config_of
 from pyvitfast.models.modules import unwrap
 from pyvitfast.prune.compaction import compact_model
 from pyvitfast.prune.config import NViTConfig
@@ -86,7 +86,7 @@ class NViTPruner:
             preset, target=target, budget=budget, interval=interval, **settings
         )
         self.model = unwrap(model)
-        architecture = config_of(self.model)
+        architecture = prunable_config_of(self.model)
         self.table = UnitTable(architecture, dict(self.config.group_sizes or {}))
         self._macs, self._params = MacsCost(architecture), ParamsCost(architecture)
         if isinstance(latency, LatencyTable):

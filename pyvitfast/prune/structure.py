@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyvitfast.models.architecture import Config, Dims
+from pyvitfast.models.architecture import Dims, PrunableConfig
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.swin_config import SwinConfig
 from pyvitfast.models.swin_transformer import SwinDims
@@ -191,7 +191,7 @@ def _swin_pieces(config: SwinConfig) -> Iterator[Piece]:
         yield Piece("head.fc.weight", None, embed, none)
 
 
-def _structures(config: Config) -> Iterator[tuple[Axis, str, int]]:
+def _structures(config: PrunableConfig) -> Iterator[tuple[Axis, str, int]]:
     """Axis, name and size of all structures."""
 
     def of_block(number: int, name: str, dims: BlockDims) -> Iterator[tuple[Axis, str, int]]:
@@ -227,8 +227,8 @@ class UnitTable:
         NViT (Yang et al., CVPR 2023), section 3.1.
     """
 
-    def __init__(self, config: Config, group_sizes: dict[str, int] | None = None) -> None:
-        self.config: Config = config
+    def __init__(self, config: PrunableConfig, group_sizes: dict[str, int] | None = None) -> None:
+        self.config: PrunableConfig = config
         self.pieces = tuple(_swin_pieces(config) if isinstance(config, SwinConfig) else _vit_pieces(config))
         self.structures: dict[Axis, Structure] = {}
         widest = max(config.dims.embed_dims)

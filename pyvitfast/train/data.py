@@ -175,6 +175,8 @@ def image_size(model: nn.Module) -> int:
     """Side of the square images ``model`` takes."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is None:
+        size = getattr(model, "img_size", None)  # a CrossViT has a patch embedding for each branch
+    if not isinstance(size, tuple | list):
         size = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     if size[0] != size[1]:
         raise UserError(
