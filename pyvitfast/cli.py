@@ -68,7 +68,12 @@ Preset = Annotated[str | None, typer.Option(help="paper or nvit_repo.")]
 PruneLr = Annotated[float | None, typer.Option(help="Constant learning rate while pruning.")]
 FinetuneEpochs = Annotated[int | None, typer.Option(help="Epochs after compaction or sparsification.")]
 FinetuneLr = Annotated[float | None, typer.Option(help="Peak learning rate in them.")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Settings as lines of `key: value`.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.yaml", help="Settings as lines of `key: value`, or a recipe such as crossvit."
+    ),
+]
 Assign = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; wins over --config.")
 ]

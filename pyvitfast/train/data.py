@@ -460,13 +460,22 @@ class EpochBatches(Sampler[list[Key]]):
         rank: number of this process.
         world: number of processes.
         shuffle: False keeps the order, all images and no augmentation seeds, for evaluation.
+        repeats: times an image comes up when shuffled, each time with a seed of its own and, as neighbours in
+            a batch, on another process.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, group: int, rank: int, world: int, shuffle: bool
+        self,
+        split: Split,
+        batch_size: int,
+        group: int,
+        rank: int,
+        world: int,
+        shuffle: bool,
+        repeats: int = 1,
     ) -> None:
         self.split, self.batch_size, self.group = split, batch_size, group
-        self.rank, self.world, self.shuffle = rank, world, shuffle
+        self.rank, self.world, self.shuffle, self.repeats = rank, world, shuffle, repeats
         self.seed: tuple[int, ...] = (0,)
         self.start = 0
 
@@ -483,7 +492,7 @@ class EpochBatches(Sampler[list[Key]]):
                     yield [(i, None) for i in mine]
             return
         generator = np.random.default_rng(self.seed)
-        order = generator.permutation(count)
+        order = generator.permutation(count).repeat(self.repeats)[:count]
         seeds = generator.integers(2**62, size=count)
         for batch in range(self.start, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]

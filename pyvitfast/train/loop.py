@@ -136,7 +136,9 @@ class Loop:
         self.accelerator, self.reporter, self.stop = accelerator, reporter, stop
         rank, world = accelerator.process_index, accelerator.num_processes
         group = settings.grad_accum_steps
-        self.batches = EpochBatches(data.train, settings.batch_size, group, rank, world, shuffle=True)
+        self.batches = EpochBatches(
+            data.train, settings.batch_size, group, rank, world, True, settings.aug_repeats
+        )
         self.loader = make_loader(self.batches, settings.workers, accelerator.device.type == "cuda")
         self.results: dict[str, Any] = {}
         self._mixup: timm.data.Mixup | None = None

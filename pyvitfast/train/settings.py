@@ -15,6 +15,7 @@ import yaml
 
 from pyvitfast.train.errors import UserError, nearest
 
+RECIPES = Path(__file__).parent / "recipes"
 AMP = ("no", "bf16", "fp16")
 BUDGETS = ("macs", "params", "latency")
 COST_RULES = ("subtract", "divide")
@@ -75,6 +76,8 @@ class Settings:
         color_jitter: colour jitter; images only.
         hflip: probability of a horizontal flip; images only.
         reprob: probability of random erasing; images only.
+        aug_repeats: times an image comes up in an epoch, augmented differently each time; an epoch keeps its
+            length, so it sees that fraction of the images.
         seed: seed of weights, order, augmentation.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         amp: mixed precision: ``no``, ``bf16`` or ``fp16``.
@@ -132,6 +135,7 @@ class Settings:
     color_jitter: float = 0.4
     hflip: float = 0.5
     reprob: float = 0.0
+    aug_repeats: int = 1
     seed: int = 0
     device: str = "auto"
     amp: str = "no"
@@ -157,7 +161,8 @@ class Settings:
         hints = typing.get_type_hints(Settings)
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
-        for name in ("batch_size", "grad_accum_steps", "interval", "groups_per_step", "latency_batch_size"):
+        counts = ("batch_size", "grad_accum_steps", "interval", "groups_per_step", "latency_batch_size")
+        for name in (*counts, "aug_repeats"):
             self._need(name, "at least 1", getattr(self, name) >= 1)
         for name in ("epochs", "finetune_epochs", "warmup_epochs", "workers", "seed", "weight_decay"):
             self._need(name, "at least 0", getattr(self, name) >= 0)
@@ -254,16 +259,26 @@ def check_keys(data: Mapping[str, Any], source: str) -> None:
             )
 
 
+def recipe_names() -> list[str]:
+    """The settings of papers that ``--config`` takes by name."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, or, where there is no such file, in the recipe of that name.
 
     Raises:
-        UserError: no such file, not YAML, or not a mapping.
+        UserError: neither such a file nor such a recipe, not YAML, or not a mapping.
     """
+    names = recipe_names()
+    known = not path.is_file() and str(path) in names
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load((RECIPES / f"{path}.yaml" if known else path).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"--config {path}: no such file.") from error
+        raise UserError(
+            f"--config {path}: no such file, and no recipe of that name ({', '.join(names)})."
+            f"{nearest(str(path), names)}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:

@@ -111,6 +111,7 @@ def test_wheel_contents(wheel):
     binaries = {name.split("/")[-1].split(".")[0] for name in names if name.endswith(".so")}
     assert binaries == {"_ops", "_C"} | ({"_ops_cuda"} if builds_cuda() else set())
     assert {"pyvitfast/_ops.so", "pyvitfast/_build_info.json", "pyvitfast/py.typed"} <= set(names)
+    assert "pyvitfast/train/recipes/crossvit.yaml" in names
     assert f"pyvitfast-{__version__}.dist-info/licenses/LICENSE" in names
     sources = {f"pyvitfast/{p.relative_to(ROOT / 'pyvitfast')}" for p in (ROOT / "pyvitfast").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
