@@ -37,7 +37,7 @@ def config_of(model: nn.Module) -> Config:
     if not isinstance(model, VisionTransformer):
         raise TypeError(
             "architecture: `model` must be a timm VisionTransformer, VisionTransformerDistilled, "
-            "SwinTransformer or CrossVit; no supported attention was found in "
+            "CrossVit or SwinTransformer; no supported attention was found in "
             f"{type(model).__module__}.{type(model).__name__}."
         )
     return ViTConfig.from_model(model)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models.crossvit import CrossVit, MultiScaleBlock, PatchEmbed
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
@@ -146,7 +146,9 @@ class CrossViTConfig:
         self._check("depth", f"1 <= N <= M {ours}", all(1 <= n <= m for n, m, _ in self.depth))
         for (height, width), patch in zip(self.branch_sizes(), self.patch_size):
             rule = f"such that each branch sees a multiple of its patch {ours}"
-            self._check("img_size", rule, height % patch == 0 and width % patch == 0)
+            # timm rounds the product of both sides down, its convolution each side.
+            counted = height // patch * width // patch
+            self._check("img_size", rule, counted == (height // patch) * (width // patch) > 0)
 
     def branch_sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width of what each branch sees."""
@@ -174,8 +176,7 @@ class CrossViTConfig:
     def drop_path_rates(self) -> list[list[float]]:
         """Stochastic depth of each encoder: by block, and last of its exchange, as timm hands them out."""
         counts = [max(n, m) + fusions for n, m, fusions in self.depth]
-        steps = max(1, sum(counts) - 1)
-        rates = [self.drop_path_rate * i / steps for i in range(sum(counts))]
+        rates = calculate_drop_path_rates(self.drop_path_rate, sum(counts))
         return [rates[sum(counts[:k]) : sum(counts[: k + 1])] for k in range(len(counts))]
 
     @property

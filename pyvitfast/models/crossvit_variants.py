@@ -41,7 +41,7 @@ def _arguments() -> dict[str, dict[str, Any]]:
         _MICRO: {
             "img_size": 8,
             "img_scale": (1.0, 1.0),
-            "patch_size": (1, 2),
+            "patch_size": (2, 4),
             "in_chans": 1,
             "num_classes": 10,
             "embed_dim": (32, 64),
@@ -146,7 +146,7 @@ def _entrypoint(name: str, arguments: dict[str, Any]) -> Callable[..., CrossViT]
     create.__doc__ = (
         f"timm's {twin} on the op linear_cross_attention."
         if name != _MICRO
-        else ("CrossViT for 8x8 grey images: patches 1 and 2, widths 32 and 64, 2 encoders.")
+        else ("CrossViT for 8x8 grey images: patches 2 and 4, widths 32 and 64, 2 encoders.")
     )
     return create
 
