@@ -302,7 +302,10 @@ class CrossViTConfig:
                 linear=linear.pop(),
             )
         else:
-            config = cls._from_timm(parts, linear.pop())
+            try:
+                config = cls._from_timm(parts, linear.pop())
+            except ValueError as error:
+                raise NotImplementedError(f"CrossViTConfig.from_model: {error}") from error
         held = sum(p.numel() for p in parts.parameters())
         _need(
             "parameters",

@@ -492,11 +492,13 @@ class EpochBatches(Sampler[list[Key]]):
                     yield [(i, None) for i in mine]
             return
         generator = np.random.default_rng(self.seed)
-        order = generator.permutation(count).repeat(self.repeats)[:count]
+        order = generator.permutation(count)
         seeds = generator.integers(2**62, size=count)
         for batch in range(self.start, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world]
-            yield [(int(i), int(seeds[i])) for i in chosen]
+            first = batch * self.batch_size
+            places = range(first + self.rank, first + self.batch_size, self.world)
+            chosen = [(int(order[place // self.repeats]), place % self.repeats) for place in places]
+            yield [(i, int(seeds[i]) + copy) for i, copy in chosen]
 
 
 def make_loader(batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader[tuple[Tensor, int]]:
