@@ -150,8 +150,6 @@ class LinearMultiScaleBlock(MultiScaleBlock):  # type: ignore[misc]
             return False
         if not (_plain(block, nn.Sequential) and len(block) and _plain(block[-1], Block)):
             return False  # an empty branch gives its caller's tensor, a hook may keep what it saw
-        if branch.requires_grad or (branch.is_inference() and not torch.is_inference_mode_enabled()):
-            return False
         return torch.promote_types(branch.dtype, cls.dtype) == branch.dtype
 
 

@@ -196,6 +196,21 @@ class TestTheOpRuns:
                 torch.testing.assert_close(a, b, rtol=0, atol=5e-2 if enable else 1e-5)
             assert ours(x).dtype == theirs(x).dtype
 
+    def test_autocast_gives_the_op_the_residual_streams_type(self, monkeypatch):
+        seen = []
+        real = ops.linear_cross_attention
+
+        def watched(query, tokens, *args, **kwargs):
+            seen.append((query.dtype, tokens.dtype))
+            return real(query, tokens, *args, **kwargs)
+
+        monkeypatch.setattr(ops, "linear_cross_attention", watched)
+        model = shaken(CrossVit(**SMALL))
+        accelerate(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 30, 30))
+        assert set(seen) == {(torch.float32, torch.float32)}
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_low_precision_models(self, dtype):
         theirs = shaken(CrossVit(**SMALL), 0.1).to(dtype)
@@ -369,6 +384,16 @@ class TestInPlace:
             assert stores(ours, images) == FUSIONS
         with torch.inference_mode():
             assert stores(ours, images) == FUSIONS
+
+    def test_tensors_made_in_inference_mode(self, pair):
+        theirs, ours = pair()
+        with torch.inference_mode():
+            x = torch.randn(2, 3, 30, 30, dtype=torch.float64)
+            ours.load_state_dict(theirs.state_dict(), assign=True)
+            ours.requires_grad_(False)
+            expected = ours(x)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
 
     def test_frozen_weights_with_gradients_on_are_copied(self, pair, images):
         _, ours = pair()
