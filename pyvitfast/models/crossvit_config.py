@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
-from timm.models.crossvit import CrossVit, MultiScaleBlock, PatchEmbed
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import calculate_drop_path_rates
+from timm.models.crossvit import CrossVit
 from torch import nn
 
 from pyvitfast.models.crossvit import CrossViT
 from pyvitfast.models.crossvit_fusion import LinearMultiScaleBlock, swap_blocks
+from pyvitfast.models.crossvit_reading import check_parts, need, timm_arguments
 from pyvitfast.models.crossvit_schemes import SCHEMES
 from pyvitfast.models.modules import plain_class, unwrap
 from pyvitfast.models.vision_transformer import BlockDims
@@ -23,14 +23,6 @@ FUSIONS = ("cross_attention", *SCHEMES)
 # Kernel, stride and padding of the convolutions of the dagger stem, by patch size.
 _STEMS = {12: ((7, 4, 3), (3, 3, 0), (3, 1, 1)), 16: ((7, 4, 3), (3, 2, 1), (3, 2, 1))}
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-
-
-def _need(where: str, rule: str, good: bool, got: object) -> None:
-    if not good:
-        raise NotImplementedError(
-            f"CrossViTConfig.from_model: {where}: must be {rule}, got {got}. Supported are timm's CrossVit "
-            "and ours with plain blocks."
-        )
 
 
 def _tuples(value: Any) -> Any:
@@ -293,7 +285,7 @@ class CrossViTConfig:
             )
         parts: Any = model
         linear = {plain_class(e) is LinearMultiScaleBlock for e in parts.blocks}
-        _need("blocks", "all of one class", len(linear) == 1, [type(e).__name__ for e in parts.blocks])
+        need("blocks", "all of one class", len(linear) == 1, [type(e).__name__ for e in parts.blocks])
         if kind is CrossViT:
             config: CrossViTConfig = replace(
                 parts.config,
@@ -303,71 +295,18 @@ class CrossViTConfig:
             )
         else:
             try:
-                config = cls._from_timm(parts, linear.pop())
+                config = cls(**timm_arguments(parts), linear=linear.pop(), timm_class=True)
             except ValueError as error:
                 raise NotImplementedError(f"CrossViTConfig.from_model: {error}") from error
+        check_parts(parts)
         held = sum(p.numel() for p in parts.parameters())
-        _need(
+        need(
             "parameters",
             f"{config.params()} for these widths (added modules?)",
             held == config.params(),
             held,
         )
         return config
-
-    @classmethod
-    def _from_timm(cls, model: Any, linear: bool) -> CrossViTConfig:
-        for name, embed in model.patch_embed.named_children():
-            good = plain_class(embed) is PatchEmbed
-            _need(f"patch_embed.{name}", "timm's PatchEmbed", good, type(embed).__name__)
-        for name, norm in model.named_modules():
-            if isinstance(norm, nn.LayerNorm):
-                _need(name, f"of eps {model.norm[0].eps}", norm.eps == model.norm[0].eps, norm.eps)
-        for i, encoder in enumerate(model.blocks):
-            good = plain_class(encoder) in (MultiScaleBlock, LinearMultiScaleBlock)
-            _need(f"blocks.{i}", "timm's MultiScaleBlock", good, type(encoder).__name__)
-            for name, block in encoder.blocks.named_modules():
-                if name.count(".") != 1:
-                    continue
-                good = (
-                    plain_class(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp
-                )
-                _need(f"blocks.{i}.blocks.{name}", "timm's Block", good, type(block).__name__)
-        embeds, first, last = model.patch_embed, model.blocks[0], model.blocks[-1]
-        fusions = [fusion if isinstance(fusion, nn.Sequential) else None for fusion in last.fusion]
-        path = (last.fusion[0] if fusions[0] is None else fusions[0][-1]).drop_path
-        stem = isinstance(embeds[0].proj, nn.Sequential)
-        scales = []
-        for embed in embeds:
-            scale = embed.img_size[0] / model.img_size[0]
-            # timm cuts the product off, so a quotient rounded down would lose a pixel.
-            exact = int(model.img_size[0] * scale) == embed.img_size[0]
-            scales.append(scale if exact else (embed.img_size[0] + 0.5) / model.img_size[0])
-        own = [branch[0] for branch in first.blocks]
-        return cls(
-            img_size=tuple(model.img_size),
-            img_scale=tuple(scales),
-            patch_size=tuple(embed.patch_size[0] for embed in embeds),
-            in_chans=(embeds[0].proj[0] if stem else embeds[0].proj).in_channels,
-            num_classes=model.num_classes,
-            embed_dim=tuple(model.embed_dim),
-            depth=tuple((len(e.blocks[0]), len(e.blocks[1]), _modules_of(e.fusion[0])) for e in model.blocks),
-            num_heads=tuple(block.attn.num_heads for block in own),
-            # Half a unit more, so that int(width * ratio) cannot round below the true width.
-            mlp_ratio=tuple((b.mlp.fc1.out_features + 0.5) / w for b, w in zip(own, model.embed_dim)),
-            multi_conv=stem,
-            crop_scale=model.crop_scale,
-            qkv_bias=own[0].attn.qkv.bias is not None,
-            drop_rate=float(model.head_drop.p),
-            pos_drop_rate=float(model.pos_drop.p),
-            proj_drop_rate=float(own[0].attn.proj_drop.p),
-            attn_drop_rate=float(own[0].attn.attn_drop.p),
-            drop_path_rate=float(path.drop_prob) if isinstance(path, DropPath) else 0.0,
-            norm_eps=float(model.norm[0].eps),
-            global_pool=model.global_pool,
-            linear=linear,
-            timm_class=True,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
@@ -377,8 +316,3 @@ class CrossViTConfig:
     def from_dict(cls, data: dict[str, Any]) -> CrossViTConfig:
         """The inverse of :meth:`to_dict`, also after a trip through JSON."""
         return cls(**data)
-
-
-def _modules_of(fusion: nn.Module) -> int:
-    """L' of a fusion: 0 without, else the length of its Sequential."""
-    return len(fusion) if isinstance(fusion, nn.Sequential) else 0

@@ -100,7 +100,7 @@ def _exchange(fusion: Any, query: Tensor, patches: Tensor) -> Tensor:
         return _fuse(fusion, query, patches)
     if _plain(fusion, nn.Sequential) and len(fusion) and runs_on_op(fusion[0]):
         query = _fuse(fusion[0], query, patches)
-        for later in fusion[1:]:  # each sees the one row that the module before it gives
+        for later in list(fusion)[1:]:  # each sees the one row that the module before it gives
             query = later(query)
         return query
     out: Tensor = fusion(torch.cat((query, patches), dim=1))[:, 0:1]

@@ -365,6 +365,16 @@ class TestConfig:
             (lambda m: setattr(m.blocks[0].blocks[0][0], "attn", nn.Identity()), "blocks.0.blocks.0.0"),
             (lambda m: setattr(m.blocks[1].fusion[0].norm1, "eps", 1e-5), "blocks.1.fusion.0.norm1"),
             (lambda m: m.add_module("extra", nn.Linear(2, 2)), "added modules"),
+            (lambda m: setattr(m.blocks[1].fusion[0].attn, "scale", 0.3), "blocks.1.fusion.0.attn.scale"),
+            (
+                lambda m: setattr(m.blocks[1].blocks[0][0].attn, "scale", 0.3),
+                "blocks.1.blocks.0.0.attn.scale",
+            ),
+            (
+                lambda m: setattr(m.blocks[1].projs[0], "1", nn.Tanh()),
+                "blocks.1.projs.0.1: must be a module of",
+            ),
+            (lambda m: setattr(m.blocks[0].projs[0][1], "approximate", "tanh"), "approximate: must be none"),
             (lambda m: setattr(m.patch_embed, "0", nn.Identity()), "patch_embed.0"),
             (lambda m: setattr(m.blocks[0], "__class__", LinearMultiScaleBlock), "all of one class"),
         ):

@@ -248,8 +248,9 @@ class TestTheOpRuns:
             found = program.module()(images[:count])
             torch.testing.assert_close(found, theirs(images[:count]), rtol=1e-12, atol=1e-12)
 
-    def test_compiled_training_step(self, pair, images):
-        theirs, ours = pair()
+    @pytest.mark.parametrize("fusions", [0, 2])
+    def test_compiled_training_step(self, pair, images, fusions):
+        theirs, ours = pair(depth=((1, 2, fusions),) * 2)
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
         for model in (theirs, compiled):
             model(images).square().sum().backward()
