@@ -10,7 +10,8 @@ from timm.models.crossvit import CrossAttention
 
 from pyvitfast import ops, reference
 from pyvitfast.ops.linear_cross_attention import folds
-from tests.ops.table import EMULATED, LAYOUTS, BadCall, OpTable, Sample, strided
+from tests.ops.emulator import Emulator
+from tests.ops.table import EMULATED, LAYOUTS, BadCall, OpTable, Sample, strided, widened
 
 MATRICES = ("q_weight", "k_weight", "v_weight", "proj_weight")
 VECTORS = ("q_bias", "k_bias", "v_bias", "proj_bias")
@@ -153,6 +154,15 @@ def run(args, kwargs):
     return ops.linear_cross_attention(*args, **kwargs)
 
 
+def exact(args, kwargs):
+    wide_args, wide_kwargs = widened((args, kwargs))
+    return reference.linear_cross_attention(*wide_args, **wide_kwargs)
+
+
+def distance(out, want):
+    return (out.double() - want).square().mean().sqrt()
+
+
 def test_the_key_bias_has_no_effect_and_a_gradient_of_zeros():
     args, kwargs = call(3, 20, 16, 4)
     kwargs["k_bias"].requires_grad_()
@@ -224,9 +234,8 @@ def test_a_large_common_offset_is_no_worse_than_in_eager():
         tuple(a.double() for a in args),
         {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
     )
-    exact = reference.linear_cross_attention(*wide[0], **wide[1])
-    off = lambda out: (out.double() - exact).square().mean().sqrt()  # noqa: E731
-    assert off(run(args, kwargs)) <= 2 * off(reference.linear_cross_attention(*args, **kwargs))
+    want, eager = exact(args, kwargs), reference.linear_cross_attention(*args, **kwargs)
+    assert distance(run(args, kwargs), want) <= 2 * distance(eager, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -236,9 +245,8 @@ def test_sixteen_bits_are_no_worse_than_in_eager(dtype):
         tuple(a.double() for a in args),
         {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
     )
-    exact = reference.linear_cross_attention(*wide[0], **wide[1])
-    off = lambda out: (out.double() - exact).square().mean().sqrt()  # noqa: E731
-    assert off(run(args, kwargs)) <= off(reference.linear_cross_attention(*args, **kwargs))
+    want, eager = exact(args, kwargs), reference.linear_cross_attention(*args, **kwargs)
+    assert distance(run(args, kwargs), want) <= distance(eager, want)
 
 
 def test_large_scores_need_their_peak():
@@ -267,11 +275,7 @@ def test_any_shape_and_stride(batch, tokens, heads, width, layout, dtype, norm):
     torch.manual_seed(0)
     args, kwargs = call(batch, tokens, heads * width, heads, dtype=dtype, norm=norm)
     odd = [strided(a.clone(), layout) for a in args]
-    wide = (
-        [a.double() for a in args],
-        {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
-    )
-    want = reference.linear_cross_attention(*wide[0], **wide[1])
+    want = exact(args, kwargs)
     (limit,) = bound(args, kwargs, [want], dtype)
     assert ((ops.linear_cross_attention(*odd, **kwargs).double() - want).abs() <= limit + 1e-12).all()
 
@@ -327,3 +331,89 @@ def test_little_is_kept_for_the_backward(tokens, channels, heads):
     )
     eager = kept_bytes(lambda: module(x), [x, *module.parameters()])
     assert 0 < ours <= eager / 15
+
+
+@pytest.fixture
+def counting():
+    if not EMULATED:
+        pytest.skip("counters belong to the emulated backend")
+    emulator = Emulator()
+    emulator.configure("COUNT", "1")
+    emulator.reset_counters()
+    yield emulator
+    emulator.configure("COUNT", "")
+
+
+def of_kernel(counters, name):
+    (found,) = [counts for kernel, counts in counters.items() if f"cross_attention_{name}" in kernel]
+    return found
+
+
+# As many images as give two splits, as they do in any batch that fills a large GPU.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_moved_on_the_large_branch(counting, dtype):
+    batch, tokens, channels, heads = 66, 196, 384, 6
+    args, kwargs = call(batch, tokens, channels, heads, dtype=dtype)
+    counting.reset_counters()
+    run(args, kwargs)
+    kernel = "attend_kernel" if dtype == torch.float32 else "attend_mma_kernel"
+    moved = of_kernel(counting.counters(), kernel)["bytes_moved"]
+    least = batch * (tokens * channels * dtype.itemsize + 2 * heads * channels * 4 + channels * 4)
+    assert moved / least <= 1.2
+
+
+def test_bytes_moved_backward(counting):
+    batch, tokens, channels, heads = 66, 100, 192, 3
+    args, kwargs = call(batch, tokens, channels, heads, norm=False, bias=False)
+    out = run([a.detach().requires_grad_() for a in args], kwargs)
+    counting.reset_counters()
+    out.sum().backward()
+    moved = of_kernel(counting.counters(), "attend_backward")["bytes_moved"]
+    vectors = 4 * heads * channels + 2 * channels  # u, slopes and contexts in, slopes of u out; the query
+    least = batch * 4 * (2 * tokens * channels + vectors)
+    assert moved / least <= 1.2
+
+
+def test_few_launches(counting):
+    args, kwargs = call(2, 70, 32, 2, norm=True)
+    out = run([a.detach().requires_grad_() for a in args], kwargs)
+    assert sum(k["launches"] for k in counting.counters().values()) <= 7
+    counting.reset_counters()
+    out.sum().backward()
+    assert sum(k["launches"] for k in counting.counters().values()) <= 8
+
+
+def test_shared_memory_is_read_without_conflicts(counting):
+    for dtype in (torch.float32, torch.bfloat16):
+        run(*call(2, 40, 384, 6, dtype=dtype))
+    for name, kernel in counting.counters().items():
+        if "attend" in name:
+            assert kernel["shared_load"]["wavefronts"] <= 1.01 * kernel["shared_load"]["least_wavefronts"], (
+                name
+            )
+
+
+def test_unaligned_tokens():
+    for dtype in (torch.float32, torch.bfloat16):
+        args, kwargs = call(2, 40, 32, 4, dtype=dtype)
+        tokens = torch.zeros(2, 40, 33, dtype=dtype)[:, :, 1:].copy_(args[1])
+        want = run(args, kwargs)
+        # Other loads share a row out to other lanes, so the last bits of its mean may differ.
+        torch.testing.assert_close(run((args[0], tokens, *args[2:]), kwargs), want)
+
+
+@pytest.mark.parametrize("heads", [1, 9, 16])
+def test_any_number_of_heads_in_sixteen_bits(heads):
+    args, kwargs = call(2, 50, 16 * heads, heads, dtype=torch.bfloat16)
+    want = exact(args, kwargs)
+    (limit,) = bound(args, kwargs, [want], torch.bfloat16)
+    assert ((run(args, kwargs).double() - want).abs() <= limit).all()
+
+
+def test_tiny_and_huge_queries_survive_sixteen_bit_matrix_units():
+    for size in (1e-6, 1.0, 300.0):
+        args, kwargs = call(2, 50, 64, 2, dtype=torch.float16, norm=False)
+        args = (*args[:3], (args[3].float() * size).half(), *args[4:])
+        want = exact(args, kwargs)
+        eager = reference.linear_cross_attention(*args, **kwargs)
+        assert distance(run(args, kwargs), want) <= distance(eager, want)

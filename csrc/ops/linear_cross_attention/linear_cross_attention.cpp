@@ -90,8 +90,9 @@ void split_tokens(CrossAttentionParams& p) {
     const int64_t most = std::clamp<int64_t>(kCachedValues / p.channels, 16, 256);
     const int64_t wanted = p.batch < 8 ? std::min<int64_t>(most, 64) : most;
 #else
-    // Enough blocks for a large GPU; below 64 tokens the partial results cost more than they give.
-    constexpr int64_t kBlocks = 264;
+    // A block for each multiprocessor of a large GPU. More splits cost more than they give: each
+    // reads u and leaves partial results of the same size.
+    constexpr int64_t kBlocks = 132;
     const int64_t per_image =
         std::max<int64_t>(1, (kBlocks + p.batch - 1) / std::max<int64_t>(p.batch, 1));
     const int64_t wanted = std::max<int64_t>(64, (p.tokens + per_image - 1) / per_image);
@@ -343,7 +344,9 @@ std::tuple<Tensor, Tensor> linear_cross_attention(
     const int64_t b = in.batch, c = in.channels, h = in.heads, d = in.width;
     Kept kept{};
     const auto carve_temporary = [&](Carver& carver) {
-        p.partial = carver.take(b * p.splits * h * (c + 2));
+        p.partial = carver.take(b * p.splits * h * c);
+        p.partial_peak = carver.take(b * p.splits * h);
+        p.partial_total = carver.take(b * p.splits * h);
         if (p.norm) {
             p.query_norm = carver.take(b * c);
             p.context = carver.take(b * h * c);

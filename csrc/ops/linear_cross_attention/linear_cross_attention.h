@@ -73,17 +73,19 @@ struct CrossAttentionParams {
     MatrixView gamma;  // [C]; null: ones
     MatrixView beta;   // [C]; null: zeros
 
-    void* query_hat;    // [B, C]
-    void* query_norm;   // [B, C] after gamma and beta; query_hat without LayerNorm
-    void* u;            // [B, H, C] scale * W_k^T q by head
-    void* scores;       // [B, H, 1 + N], the query first; null: not kept
-    void* peak;         // [B, H] greatest score
-    void* total;        // [B, H] sum of exp(score - peak)
-    void* mean;         // [B, N] of the tokens; null without LayerNorm or when not kept
-    void* rstd;         // [B, 1 + N], the query first; null likewise
-    void* partial;      // [B, splits, H, C + 2]: sums of exp * hat, peak, total; backward [.., C]
-    void* context_hat;  // [B, H, C] attention-weighted mean of the hats
-    void* context;      // [B, H, C] after gamma and beta; context_hat without LayerNorm
+    void* query_hat;      // [B, C]
+    void* query_norm;     // [B, C] after gamma and beta; query_hat without LayerNorm
+    void* u;              // [B, H, C] scale * W_k^T q by head
+    void* scores;         // [B, H, 1 + N], the query first; null: not kept
+    void* peak;           // [B, H] greatest score
+    void* total;          // [B, H] sum of exp(score - peak)
+    void* mean;           // [B, N] of the tokens; null without LayerNorm or when not kept
+    void* rstd;           // [B, 1 + N], the query first; null likewise
+    void* partial;        // [B, splits, H, C]: sums of exp * hat; in the backward of slope * hat
+    void* partial_peak;   // [B, splits, H]
+    void* partial_total;  // [B, splits, H]
+    void* context_hat;    // [B, H, C] attention-weighted mean of the hats
+    void* context;        // [B, H, C] after gamma and beta; context_hat without LayerNorm
 
     void* d_context;     // [B, H, C]
     void* d_u;           // [B, H, C]

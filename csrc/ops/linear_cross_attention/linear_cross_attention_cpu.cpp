@@ -419,16 +419,17 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
         cover_tokens(p, task, end, stream);
         dot_split(p, split, query, rows, u, scores, pad, stream);
         const int64_t count = split.queries + split.count;
-        A* sums = part<A>(p.partial, task * h * (c + 2));
+        A* sums = part<A>(p.partial, task * h * c);
         for (int64_t j = 0; j < h; ++j) {
             A* row = scores + j * pad;
             if (p.scores != nullptr) {
                 const int64_t at = (b * h + j) * (1 + p.tokens) + 1 - split.queries + split.first;
                 std::copy(row, row + count, part<A>(p.scores, at));
             }
-            exponentials(row, count, sums + j * (c + 2) + c, sums + j * (c + 2) + c + 1);
+            exponentials(row, count, part<A>(p.partial_peak, task * h + j),
+                         part<A>(p.partial_total, task * h + j));
         }
-        sum_split(p, split, query, rows, scores, pad, sums, c + 2, stream);
+        sum_split(p, split, query, rows, scores, pad, sums, c, stream);
     }
 }
 
@@ -439,19 +440,18 @@ static void combine_of(const CrossAttentionParams& p, int64_t begin, int64_t end
     const Affine<A> affine(p, scratch.data());
     for (int64_t b = begin; b < end; ++b) {
         for (int64_t j = 0; j < p.heads; ++j) {
-            const auto sums = [&](int64_t split) {
-                return part<A>(p.partial, ((b * p.splits + split) * p.heads + j) * (c + 2));
-            };
-            A peak = sums(0)[c];
+            const auto at = [&](int64_t split) { return (b * p.splits + split) * p.heads + j; };
+            A peak = *part<A>(p.partial_peak, at(0));
             for (int64_t s = 1; s < p.splits; ++s) {
-                peak = std::max(peak, sums(s)[c]);
+                peak = std::max(peak, *part<A>(p.partial_peak, at(s)));
             }
             A* hat = part<A>(p.context_hat, (b * p.heads + j) * c);
             A total = 0;
             for (int64_t s = 0; s < p.splits; ++s) {
-                const A* from = sums(s);
-                const A factor = p.splits == 1 ? A(1) : std::exp(from[c] - peak);
-                total += factor * from[c + 1];
+                const A* from = part<A>(p.partial, at(s) * c);
+                const A factor =
+                    p.splits == 1 ? A(1) : std::exp(*part<A>(p.partial_peak, at(s)) - peak);
+                total += factor * *part<A>(p.partial_total, at(s));
                 for (int64_t i = 0; i < c; ++i) {
                     hat[i] = s == 0 ? factor * from[i] : hat[i] + factor * from[i];
                 }

@@ -395,7 +395,7 @@ PVF_DEVICE void store_context(const CrossAttentionParams& p, const SplitRows& ro
                               int64_t i, A sum, A total) {
     const int64_t c = p.channels;
     if (p.splits > 1) {
-        const int64_t at = ((rows.image * p.splits + rows.split) * p.heads + j) * (c + 2);
+        const int64_t at = ((rows.image * p.splits + rows.split) * p.heads + j) * c;
         store(part<A>(p.partial, at + i), sum);
         return;
     }
@@ -416,13 +416,24 @@ PVF_DEVICE void store_running(const CrossAttentionParams& p, const SplitRows& ro
         const A peak = load_shared(running.peak + head);
         const A total = load_shared(running.total + head);
         if (p.splits > 1) {
-            const int64_t at =
-                ((rows.image * p.splits + rows.split) * p.heads + head) * (p.channels + 2);
-            store(part<A>(p.partial, at + p.channels), peak);
-            store(part<A>(p.partial, at + p.channels + 1), total);
+            const int64_t at = (rows.image * p.splits + rows.split) * p.heads + head;
+            store(part<A>(p.partial_peak, at), peak);
+            store(part<A>(p.partial_total, at), total);
         } else {
             store(part<A>(p.peak, rows.image * p.heads + head), peak);
             store(part<A>(p.total, rows.image * p.heads + head), total);
+        }
+    }
+}
+
+// gamma times each of an image's vectors [heads, C] into shared memory; gamma is read once.
+template <typename A>
+PVF_DEVICE void stage_vectors(const CrossAttentionParams& p, const A* vectors, int heads,
+                              A* shared) {
+    for (int64_t i = thread_idx().x; i < p.channels; i += kThreads) {
+        const A gamma = load_or<A>(p.gamma, i, A(1));
+        for (int j = 0; j < heads; ++j) {
+            store_shared(shared + j * p.channels + i, load(vectors + j * p.channels + i) * gamma);
         }
     }
 }
@@ -515,9 +526,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
     A* const weights = sums + h * c;
     const Running<A> running{weights + h * kTile, weights + h * kTile + h,
                              weights + h * kTile + 2 * h};
+    stage_vectors(p, part<A>(p.u, rows.image * h * c), h, gamma_u);
     for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
-        store_shared(gamma_u + at, load(part<A>(p.u, rows.image * h * c + at)) *
-                                       load_or<A>(p.gamma, at % c, A(1)));
         store_shared(sums + at, A(0));
     }
     start_running(running, h);
@@ -618,25 +628,28 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
     T* const weights_low = weights_high + heads * kWeightsStride;
     const Running<float> running{states, states + heads, states + 2 * heads};
 
+    // u passes through the room of the sums, which are not needed yet.
+    stage_vectors(p, part<float>(p.u, rows.image * p.heads * c), static_cast<int>(p.heads), sums);
+    sync_threads();
     for (int j = warp; j < heads; j += kWarps) {
-        const auto gamma_u = [&](int i) {
-            return j < p.heads ? load(part<float>(p.u, (rows.image * p.heads + j) * c + i)) *
-                                     load_or<float>(p.gamma, i, 1.0f)
-                               : 0.0f;
-        };
+        const float* gamma_u = sums + j * c;
+        const int count = j < p.heads ? c : 0;
         float greatest = 0.0f;
-        for (int i = lane; i < c; i += 32) {
-            const float size = gamma_u(i) < 0.0f ? -gamma_u(i) : gamma_u(i);
+        for (int i = lane; i < count; i += 32) {
+            const float value = load_shared(gamma_u + i);
+            const float size = value < 0.0f ? -value : value;
             greatest = size > greatest ? size : greatest;
         }
         const float scale = inverse_scale(warp_max(greatest));
         for (int i = lane; i < c; i += 32) {
-            store_halves(u_high + j * stride + i, u_low + j * stride + i, gamma_u(i) * scale);
+            const float value = i < count ? load_shared(gamma_u + i) * scale : 0.0f;
+            store_halves(u_high + j * stride + i, u_low + j * stride + i, value);
         }
         if (lane == 0) {
             store_shared(scales + j, 1.0f / scale);
         }
     }
+    sync_threads();
     for (int at = static_cast<int>(thread_idx().x); at < c * heads; at += kThreads) {
         store_shared(sums + at, 0.0f);
     }
@@ -756,10 +769,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
     A* const means = weights + 2 * h * kTile;  // of the vectors' rows
     A* const deltas = means + 2 * h;
     A* const row_means = deltas + h;  // of each row's slope, then of slope * hat
+    stage_vectors(p, part<A>(p.d_context, rows.image * h * c), h, vectors);
+    stage_vectors(p, part<A>(p.u, rows.image * h * c), h, vectors + h * c);
     for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
-        const A gamma = load_or<A>(p.gamma, at % c, A(1));
-        store_shared(vectors + at, load(part<A>(p.d_context, rows.image * h * c + at)) * gamma);
-        store_shared(vectors + h * c + at, load(part<A>(p.u, rows.image * h * c + at)) * gamma);
         store_shared(sums + at, A(0));
     }
     sync_threads();
@@ -866,22 +878,20 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     cross_attention_combine_kernel(const __grid_constant__ CrossAttentionParams p) {
     const int64_t b = block_idx().x;
     const int64_t c = p.channels;
-    const auto from = [&](int64_t split, int64_t j) {
-        return part<A>(p.partial, ((b * p.splits + split) * p.heads + j) * (c + 2));
-    };
     for (int64_t at = thread_idx().x; at < p.heads * c; at += kThreads) {
         const int64_t j = at / c;
         const int64_t i = at % c;
-        A peak = load(from(0, j) + c);
+        const auto entry = [&](int64_t split) { return (b * p.splits + split) * p.heads + j; };
+        A peak = load(part<A>(p.partial_peak, entry(0)));
         for (int64_t s = 1; s < p.splits; ++s) {
-            peak = Max{}(peak, load(from(s, j) + c));
+            peak = Max{}(peak, load(part<A>(p.partial_peak, entry(s))));
         }
         A sum = A(0);
         A total = A(0);
         for (int64_t s = 0; s < p.splits; ++s) {
-            const A factor = exponential(load(from(s, j) + c) - peak);
-            sum = fma(factor, load(from(s, j) + i), sum);
-            total = fma(factor, load(from(s, j) + c + 1), total);
+            const A factor = exponential(load(part<A>(p.partial_peak, entry(s))) - peak);
+            sum = fma(factor, load(part<A>(p.partial, entry(s) * c + i)), sum);
+            total = fma(factor, load(part<A>(p.partial_total, entry(s))), total);
         }
         const A hat = sum / total;
         store(part<A>(p.context_hat, b * p.heads * c + at), hat);
