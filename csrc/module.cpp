@@ -10,12 +10,17 @@
 
 #include "build_info.h"
 #include "cpu_capability.h"
+#include "fma_loop.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
 #include "ops/structured_gather/structured_gather.h"
 #include "ops/structured_zero_/structured_zero_.h"
 
 namespace py = pybind11;
+
+namespace pyvitfast {
+PVF_DECLARE_CPU_KERNELS(FmaLoop, fma_loop)
+}
 
 namespace {
 
@@ -80,6 +85,20 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
     return plan(2, blocks, kCommitThreads, 0, 12 * elements);
 }
 
+double fma_loop(int64_t iterations) {
+    using namespace pyvitfast;
+    if (iterations < 0) {
+        throw py::value_error("fma_loop: `iterations` must be 0 or more, got " +
+                              std::to_string(iterations));
+    }
+    const FmaLoop& loop = PVF_CPU_KERNELS_OF(fma_loop);
+    {
+        const py::gil_scoped_release others_may_run;
+        loop.run(iterations);
+    }
+    return static_cast<double>(iterations) * static_cast<double>(loop.flops);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -98,6 +117,9 @@ PYBIND11_MODULE(_C, m) {
         }
         return names;
     });
+    m.def("fma_loop", &fma_loop, py::arg("iterations"),
+          "Runs float32 multiply-adds that never leave the registers on this thread, without the "
+          "GIL, and returns how many operations that were: the arithmetic limit of benchmarks.");
     m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shapes"), py::arg("arch") = 80,
           "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
           "float32 "

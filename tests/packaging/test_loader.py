@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -319,6 +322,32 @@ class TestLaunchPlan:
                 plan("saliency", shapes)
 
 
+class TestFmaLoop:
+    @pytest.fixture
+    def module(self):
+        return pytest.importorskip("pyvitfast._C")
+
+    def test_counts_what_it_does(self, module):
+        # Repeats x sums x lanes x (a product and a sum).
+        one = {"baseline": 4 * 12 * 4 * 2, "avx2": 4 * 12 * 8 * 2, "avx512": 4 * 16 * 16 * 2}
+        for iterations in (0, 1, 1000):
+            assert module.fma_loop(iterations) == iterations * one[module.cpu_capability()]
+
+    def test_lets_other_threads_run(self, module):
+        looping = threading.Thread(target=module.fma_loop, args=(50_000_000,))
+        seen = [time.perf_counter()]
+        looping.start()
+        while looping.is_alive():
+            seen.append(time.perf_counter())
+        looping.join()
+        # Kept out, this thread would not look at the clock for nearly all of the time.
+        assert max(b - a for a, b in pairwise(seen)) < 0.5 * (seen[-1] - seen[0])
+
+    def test_refuses_a_negative_count(self, module):
+        with pytest.raises(ValueError, match="`iterations` must be 0 or more, got -1"):
+            module.fma_loop(-1)
+
+
 def undefined(name: str) -> list[str]:
     binary = _lib.find_binary(name)
     if binary is None or shutil.which("nm") is None:
@@ -345,11 +374,13 @@ def test_no_weak_symbols_in_wider_instruction_sets(tmp_path):
     wider = [c for c in facts["cpu_capabilities"] if c != "baseline"]
     if not wider:
         pytest.skip("this processor family has one instruction set")
-    targets = [f"cpu_{c}" for c in wider]
+    targets = [f"{kind}_{c}" for c in wider for kind in ("cpu", "fma")]
     run(shutil.which("cmake"), "--build", tmp_path, "--target", *targets, cwd=tmp_path, env=env)
     for capability in wider:
         objects = sorted(tmp_path.glob(f"CMakeFiles/cpu_{capability}.dir/**/*_cpu.cpp.o"))
         assert len(objects) == len(ops.__all__)
+        objects += tmp_path.glob(f"CMakeFiles/fma_{capability}.dir/**/*_cpu.cpp.o")
+        assert len(objects) == len(ops.__all__) + 1
         for path in objects:
             listed = run("nm", "-C", "--defined-only", path, cwd=tmp_path)
             weak = [line for line in listed.splitlines() if re.match(r"[0-9a-f]* [WVu] ", line)]
