@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.measure import Copy, measure
+from benchmarks.measure import Limits, measure
 from pyvitfast import __version__, info, ops
 
 
@@ -62,7 +62,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         "dir",
         "ms",
         "GB/s",
-        "of copy",
+        "of limit",
         "best peer",
         "x peer",
         "x eager",
@@ -73,15 +73,20 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             column, justify="left" if column in ("op", "case", "dtype", "dir", "best peer") else "right"
         )
     number = lambda v, spec=".2f": "-" if v is None else format(v, spec)  # noqa: E731
+    short = {"forward": "fwd", "backward": "bwd", "both": "both"}
     for row in rows:
         table.add_row(
-            row["op"], row["case"], row["dtype"], row["direction"][:3], number(row["median_us"] / 1e3, ".3f"),
-            number(row["gbps"], ".1f"), number(row["roofline"], ".0%"), row["best_peer"] or "-",
-            number(row["ratio"]), number(row["ratio_eager"]), number(row["ratio_compile"]),
-            number(row["peak_bytes"] / 1e6, ".1f"),
+            row["op"], row["case"], row["dtype"], short[row["direction"]],
+            number(row["median_us"] / 1e3, ".3f"), number(row["gbps"], ".1f"),
+            f"{row['roofline']:.0%} {row['limit']}", row["best_peer"] or "-", number(row["ratio"]),
+            number(row["ratio_eager"]), number(row["ratio_compile"]), number(row["peak_bytes"] / 1e6, ".1f"),
         )  # fmt: skip
     console.print(table)
     for row in rows:
+        if row["saved_ratio"] is not None:
+            kept, ratio = row["saved_bytes"] / 1e6, row["saved_ratio"]
+            text = f"keeps {kept:.2f} MB for backward, eager {ratio:.1f} times that"
+            console.print(f"{row['op']} {row['case']}: {text}", style="dim")
         for name, note in row["notes"].items():
             console.print(f"{row['op']} {row['case']}: {name}: {note}", style="dim")
 
@@ -90,6 +95,8 @@ def main() -> int:
     """Run the benchmark; 0 when every result was right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", choices=ops.__all__, action="append", help="only this op; may be repeated")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name has this in it")
+    parser.add_argument("--direction", choices=("forward", "backward", "both"), help="only this direction")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer repeats")
@@ -103,14 +110,18 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     seconds = 1.0 if args.quick else 6.0
     rows = []
-    copy = Copy(args.device)
+    limits = Limits(args.device, args.threads)
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("benchmarks", total=None)
         for name in args.op or ops.__all__:
             cases = importlib.import_module(f"benchmarks.ops.{name}").cases(args.device, args.quick)
             for case in cases:
-                progress.update(task, description=f"{name} {case.case}")
-                rows.append(measure(case, args.device, args.threads, copy, seconds))
+                if args.direction not in (None, case.direction) or args.case not in case.case:
+                    continue
+                progress.update(task, description=f"{name} {case.case}, {case.direction}")
+                rows.append(measure(case, args.device, args.threads, limits, seconds))
+                # Past 8 variants of one function dynamo falls back to eager without a word.
+                torch._dynamo.reset()
     facts = header(args.device, args.threads)
     console.print(
         " | ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
