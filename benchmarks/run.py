@@ -109,7 +109,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 180)
     seconds = 1.0 if args.quick else 6.0
-    rows = []
+    rows, failed = [], []
     limits = Limits(args.device, args.threads)
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("benchmarks", total=None)
@@ -119,7 +119,10 @@ def main() -> int:
                 if args.direction not in (None, case.direction) or args.case not in case.case:
                     continue
                 progress.update(task, description=f"{name} {case.case}, {case.direction}")
-                rows.append(measure(case, args.device, args.threads, limits, seconds))
+                try:
+                    rows.append(measure(case, args.device, args.threads, limits, seconds))
+                except AssertionError as wrong:
+                    failed.append(str(wrong))
                 # Past 8 variants of one function dynamo falls back to eager without a word.
                 torch._dynamo.reset()
     facts = header(args.device, args.threads)
@@ -129,8 +132,10 @@ def main() -> int:
     show(console, rows)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": facts, "rows": rows}, indent=1))
-    return 0
+        args.json.write_text(json.dumps({"header": facts, "rows": rows, "failed": failed}, indent=1))
+    for wrong in failed:
+        console.print(f"WRONG, not timed: {wrong}", style="red")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
