@@ -15,7 +15,8 @@ from benchmarks.measure import Case, Limits, Peer, directed, error, measure, pea
 ROOT = Path(__file__).parent.parent
 KEYS = {
     "op", "case", "shape", "dtype", "direction", "device", "threads", "median_us", "best_peer", "ratio",
-    "ratio_eager", "ratio_compile", "gbps", "gflops", "roofline", "peak_bytes", "max_error",
+    "ratio_eager", "ratio_compile", "gbps", "gflops", "roofline", "limit", "peak_bytes",
+    "saved_bytes", "saved_ratio", "max_error",
 }  # fmt: skip
 
 

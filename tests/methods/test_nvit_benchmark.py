@@ -11,10 +11,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from benchmarks.papers.nvit.criteria import CRITERIA, QUICK, SHORT, accuracy, backwards
-from benchmarks.papers.nvit.data import TASKS, Images, fashion_files, read_idx
+from benchmarks.papers.data import Images, fashion_files, read_idx
+from benchmarks.papers.nvit.criteria import CRITERIA, QUICK, SHORT, backwards
+from benchmarks.papers.nvit.data import TASKS
 from benchmarks.papers.nvit.gate import PEERS, claims
 from benchmarks.papers.nvit.latency import between
+from benchmarks.papers.training import accuracy
 
 NAMES = {
     "nvit": "nvit",
@@ -95,7 +97,7 @@ def test_missing_images_are_told_in_one_line(tmp_path, monkeypatch):
     def refuse(*arguments, **settings):
         raise OSError("no network")
 
-    monkeypatch.setattr("benchmarks.papers.nvit.data.PACKAGED", tmp_path / "none")
+    monkeypatch.setattr("benchmarks.papers.data.PACKAGED", tmp_path / "none")
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", refuse)
     with pytest.raises(SystemExit, match=r"no network.*--data-dir") as told:
         fashion_files(tmp_path)

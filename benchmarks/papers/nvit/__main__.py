@@ -31,11 +31,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.papers.data import Images
 from benchmarks.papers.nvit import latency
-from benchmarks.papers.nvit.criteria import CRITERIA, QUICK, SHORT, accuracy, dense_model, prune, train
-from benchmarks.papers.nvit.data import TASKS, Images, Task
-from benchmarks.papers.nvit.gate import PEERS, Results, claims, print_claims
+from benchmarks.papers.nvit.criteria import CRITERIA, QUICK, SHORT, dense_model, prune
+from benchmarks.papers.nvit.data import TASKS, Task
+from benchmarks.papers.nvit.gate import PEERS, Results, claims
 from benchmarks.papers.nvit.peer import TUNED, PeerFailed, Setting, macs, prune_peer, search
+from benchmarks.papers.report import cell, print_claims
+from benchmarks.papers.training import accuracy, train
 from pyvitfast.models.config import ViTConfig
 
 
@@ -70,7 +73,7 @@ def run_task(task: Task, options: argparse.Namespace, progress: Callable[[str], 
         entry = results[name][str(budget)]
         entry["macs"].append(macs(slim) / whole)
         entry["one-shot"].append(accuracy(slim, data))
-        train(slim, task, data, 3, task.finetune_lr, seed)
+        train(slim, data, 3, task.finetune_lr, task.batch, seed)
         entry["finetuned"].append(accuracy(slim, data))
         last = {key: values[-1] for key, values in entry.items()}
         dims = ViTConfig.from_model(slim).dims.to_dict()
@@ -109,13 +112,6 @@ def run_task(task: Task, options: argparse.Namespace, progress: Callable[[str], 
         "settings": {name: {str(b): asdict(s) for b, s in found.items()} for name, found in settings.items()},
         "searched": searched,
     }
-
-
-def cell(values: list[float]) -> str:
-    if not values:
-        return "failed"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
 
 
 def print_task(name: str, found: dict[str, Any]) -> None:

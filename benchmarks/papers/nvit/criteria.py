@@ -1,4 +1,4 @@
-"""Training, and the criteria: all prune in the same loop."""
+"""The dense model, and the criteria: all prune in the same loop."""
 
 from __future__ import annotations
 
@@ -7,41 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.papers.nvit.data import Images, Task
+from benchmarks.papers.data import Images
+from benchmarks.papers.nvit.data import Task
+from benchmarks.papers.training import loss_of, train
 from pyvitfast import ops
 from pyvitfast.prune import NViTPruner
 
 SCORED_BATCHES, SCORED_SIZE = 6, 100
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y, label_smoothing=0.1)
-
-
-def train(model: nn.Module, task: Task, data: Images, epochs: int, lr: float, seed: int) -> None:
-    """AdamW with a cosine schedule."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.updates(data, epochs))
-    model.train()
-    for _ in range(epochs):
-        for x, y in data.batches(task.batch, generator):
-            optimizer.zero_grad()
-            loss_of(model, x, y).backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Images) -> float:
-    """Top-1 on the test images, in percent."""
-    model.eval()
-    right = [model(x).argmax(1) == y for x, y in zip(data.test_x.split(500), data.test_y.split(500))]
-    return 100.0 * float(torch.cat(right).double().mean())
 
 
 def dense_model(task: Task, data: Images, seed: int) -> nn.Module:
@@ -49,7 +24,7 @@ def dense_model(task: Task, data: Images, seed: int) -> nn.Module:
     model: nn.Module = VisionTransformer(
         in_chans=1, num_classes=10, depth=4, num_heads=4, weight_init="reset", **task.model
     )
-    train(model, task, data, task.epochs, task.lr, seed)
+    train(model, data, task.epochs, task.lr, task.batch, seed)
     return model
 
 

@@ -40,10 +40,3 @@ def claims(results: Results) -> list[dict[str, Any]]:
         won = ours - means[best] if ours is not None and means else None
         note(f"{when}: nvit >= {best} + {margin:g} points", margin, won)
     return found
-
-
-def print_claims(checked: list[dict[str, Any]]) -> None:
-    for claim in checked:
-        verdict = "held    " if claim["held"] else "NOT HELD"
-        value = claim["measured"]
-        print(f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.3g}'})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from torch import nn
 import pyvitfast  # noqa: F401  (registers nvit_revit_small where this version has it)
 from benchmarks.measure import alternate
 from benchmarks.papers.nvit.data import Task
+from benchmarks.papers.report import conditions
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.vision_transformer import ViTDims
 from pyvitfast.prune import LatencyTable, NViTPruner
@@ -38,15 +38,6 @@ def medians(
         model.eval()
     with torch.inference_mode():
         return alternate(runs, lambda: None, "cpu", seconds)
-
-
-def conditions() -> dict[str, Any]:
-    """What a reader of timings must know."""
-    return {
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-    }
 
 
 def between(points: list[tuple[float, float]], latency: float) -> float | None:

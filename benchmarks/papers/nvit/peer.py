@@ -18,8 +18,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from benchmarks.papers.nvit.criteria import accuracy, backwards, train
-from benchmarks.papers.nvit.data import Images, Task
+from benchmarks.papers.data import Images
+from benchmarks.papers.nvit.criteria import backwards
+from benchmarks.papers.nvit.data import Task
+from benchmarks.papers.training import accuracy, train
 from pyvitfast.models.config import ViTConfig
 
 
@@ -225,7 +227,7 @@ def search(
                     failure = str(error)
                     break
                 share.append(macs(slim) / macs(dense))
-                train(slim, task, data, task.tuning_epochs, task.finetune_lr, seed)
+                train(slim, data, task.tuning_epochs, task.finetune_lr, task.batch, seed)
                 after.append(accuracy(slim, data))
             known[setting] = -1.0 if failure else statistics.mean(after)
             tried.append(
