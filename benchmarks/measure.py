@@ -101,16 +101,24 @@ def timed(run: Callable[[], Any], before: Callable[[], None], device: str) -> fl
     return time.perf_counter() - start
 
 
-def alternate(
+def rounds(
     candidates: dict[str, Callable[[], Any]], before: Callable[[], None], device: str, seconds: float
-) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns, so that a drifting machine treats all alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each candidate by round; they take turns, so that a drifting machine treats all alike."""
     first = {name: timed(run, before, device) for name, run in candidates.items()}
     repeats = max(5, min(200, int(seconds / max(sum(first.values()), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
             times[name].append(timed(run, before, device))
+    return times
+
+
+def alternate(
+    candidates: dict[str, Callable[[], Any]], before: Callable[[], None], device: str, seconds: float
+) -> dict[str, float]:
+    """Median seconds of each candidate over the rounds."""
+    times = rounds(candidates, before, device, seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

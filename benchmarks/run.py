@@ -37,11 +37,11 @@ def revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def header(device: str, threads: int) -> dict[str, Any]:
+def header(device: str, threads: int, module: str = "benchmarks.run") -> dict[str, Any]:
     """What a reader needs to repeat the run."""
     facts = info.collect()
     return {
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "pyvitfast": __version__,
         "revision": revision(),

@@ -30,4 +30,7 @@ def print_claims(checked: list[dict[str, Any]]) -> None:
     for claim in checked:
         verdict = "held    " if claim["held"] else "NOT HELD"
         value = claim["measured"]
-        print(f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.3g}'})")
+        spread = f" ± {claim['spread']:.2g}" if claim.get("spread") is not None else ""
+        print(
+            f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.3g}{spread}'})"
+        )
