@@ -31,6 +31,5 @@ def print_claims(checked: list[dict[str, Any]]) -> None:
         verdict = "held    " if claim["held"] else "NOT HELD"
         value = claim["measured"]
         spread = f" ± {claim['spread']:.2g}" if claim.get("spread") is not None else ""
-        print(
-            f"{verdict}  {claim['claim']} (measured {'nothing' if value is None else f'{value:.3g}{spread}'})"
-        )
+        measured = "nothing" if value is None else f"{value:.3g}{spread}"
+        print(f"{verdict}  {claim['claim']} (measured {measured})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -52,30 +53,31 @@ TASKS = {
 
 
 def deit(config: CrossViTConfig) -> VisionTransformer:
-    """A ViT with the large branch's patches and as many blocks, its width such that MACs are equal.
+    """A ViT with the large branch's patches and as many blocks, as wide as equal MACs allow.
 
     Raises:
-        ValueError: no width comes within 3 %.
+        ValueError: nothing comes within 3 %.
     """
 
-    def build(width: int) -> VisionTransformer:
+    def build(shape: tuple[int, float]) -> VisionTransformer:
         return VisionTransformer(
             img_size=config.img_size,
             patch_size=config.patch_size[1],
             in_chans=config.in_chans,
             num_classes=config.num_classes,
-            embed_dim=width,
+            embed_dim=shape[0],
             depth=sum(sum(encoder[:2]) for encoder in config.depth),
             num_heads=config.num_heads[1],
+            mlp_ratio=shape[1],
             weight_init="reset",
         )
 
-    def off(width: int) -> float:
-        return abs(ViTConfig.from_model(build(width)).macs() / config.macs() - 1)
+    def off(shape: tuple[int, float]) -> float:
+        return abs(ViTConfig.from_model(build(shape)).macs() / config.macs() - 1)
 
-    best = min(range(16, 129, config.num_heads[1]), key=off)
+    best = min(product(range(16, 129, config.num_heads[1]), (4.0, 3.5)), key=off)
     if off(best) > 0.03:
-        raise ValueError(f"deit: the nearest width {best} is {off(best):.1%} off in MACs")
+        raise ValueError(f"deit: the nearest width and MLP ratio {best} are {off(best):.1%} off in MACs")
     return build(best)
 
 
