@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -104,12 +105,17 @@ def timed(run: Callable[[], Any], before: Callable[[], None], device: str) -> fl
 def rounds(
     candidates: dict[str, Callable[[], Any]], before: Callable[[], None], device: str, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate by round; they take turns, so that a drifting machine treats all alike."""
+    """Seconds of each candidate by round; they take turns, so that a drifting machine treats all alike.
+
+    The order changes by round: whoever always followed the large copy would always find empty caches.
+    """
     first = {name: timed(run, before, device) for name, run in candidates.items()}
     repeats = max(5, min(200, int(seconds / max(sum(first.values()), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffled = list(candidates.items()), random.Random(0)
     for _ in range(repeats):
-        for name, run in candidates.items():
+        shuffled.shuffle(order)
+        for name, run in order:
             times[name].append(timed(run, before, device))
     return times
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import Case, Limits, Peer, directed, error, measure, peak_bytes, saved_bytes
+from benchmarks.measure import Case, Limits, Peer, directed, error, measure, peak_bytes, rounds, saved_bytes
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -80,6 +80,17 @@ def test_the_limit_is_the_slower_of_bytes_and_operations(limits):
     assert few["roofline"] == pytest.approx(16 / 10e9 / 1e-6)
     assert many["roofline"] == pytest.approx(50_000 / 100e9 / 1e-6)
     assert (few["copy_gbps"], few["peak_gflops"]) == (pytest.approx(10), pytest.approx(100))
+
+
+def test_candidates_take_turns_in_changing_order():
+    seen = []
+    candidates = {name: lambda name=name: seen.append(name) for name in "abc"}
+    times = rounds(candidates, lambda: seen.append("|"), "cpu", 0.0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5, "c": 5}
+    calls = [name for name in seen if name != "|"]
+    assert seen[::2] == ["|"] * len(calls)  # what comes before, comes before each
+    turns = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 1
 
 
 def test_all_threads_multiply_and_add():

@@ -25,6 +25,7 @@ from benchmarks.measure import error, flat, rounds
 from benchmarks.papers.crossvit.stage import perturb
 from pyvitfast.models import accelerate
 
+SIDES = ("timm", "ours")
 MODES = ("eager", "compiled", "frozen")
 PARTS = ("large blocks", "small blocks", "fusion stage", "patch embedding", "resize", "rest")
 TOLERANCE = 1e-4
@@ -107,7 +108,7 @@ def measure_model(name: str, batch: int, seconds: float, failed: list[str]) -> d
     model = perturb(timm.create_model(name)).eval()
     changed = copy.deepcopy(model)
     accelerate(changed)
-    sides = {"timm": model, "ours": changed}
+    sides = dict(zip(SIDES, (model, changed)))
     x = torch.randn(batch, 3, *model.img_size)
     candidates: dict[str, Callable[[], Tensor]] = {}
     notes: dict[str, str] = {}
@@ -180,21 +181,17 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """Times and ratios, then shares of the time."""
-    console.print("\nWhole models; x: timm's time over ours in the same round, median and quartiles")
-    table = Table("model", "batch", *(f"{side} {mode} ms" for mode in MODES for side in ("timm", "ours")))
-    for mode in (*MODES, "best"):
-        table.add_column(f"x {mode}")
+    console.print("\nWhole models, timm / ours; x: timm's time over ours in the same round, with quartiles")
+    table = Table("model", "batch", *(c for mode in MODES for c in (f"{mode} ms", f"x {mode}")), "x best")
+    number = lambda v, spec: "-" if v is None else format(v, spec)  # noqa: E731
     for row in rows:
-        times = [row["median_ms"].get(f"{side} {mode}") for mode in MODES for side in ("timm", "ours")]
         cells = []
         for mode in MODES:
+            cells.append(" / ".join(number(row["median_ms"].get(f"{s} {mode}"), ".1f") for s in SIDES))
             low, high = row["quartiles"].get(mode, (None, None))
-            cells.append("-" if low is None else f"{row['ratio'][mode]:.2f} ({low:.2f}-{high:.2f})")
-        best = row["ratio_best"]
-        cells.append("-" if best is None else f"{best:.2f}")
-        table.add_row(
-            row["model"], str(row["batch"]), *("-" if t is None else f"{t:.1f}" for t in times), *cells
-        )
+            ratio = number(row["ratio"].get(mode), ".2f")
+            cells.append(f"{ratio} ({number(low, '.2f')}-{number(high, '.2f')})")
+        table.add_row(row["model"], str(row["batch"]), *cells, number(row["ratio_best"], ".2f"))
     console.print(table)
     table = Table("model", "batch", "side", *PARTS, title="share of the eager time")
     for row in rows:
