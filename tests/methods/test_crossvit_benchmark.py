@@ -151,7 +151,13 @@ class TestAccuracy:
 def test_command_line_refuses_nonsense():
     from benchmarks.papers.crossvit.__main__ import main
 
-    for bad in (["--seeds", "0"], ["--threads", "0"], ["--batch", "0"], ["--part", "speed"]):
+    for bad in (
+        ["--seeds", "0"],
+        ["--threads", "0"],
+        ["--batch", "0"],
+        ["--epochs", "0"],
+        ["--part", "speed"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(bad)
         assert stopped.value.code == 2

@@ -2,7 +2,7 @@
 
     python -m benchmarks.papers.crossvit [--quick] [--part stage|models|accuracy|all] [--threads N]
                                          [--model NAME] [--batch N] [--data digits|fashion-mnist|all]
-                                         [--seeds N] [--json FILE]
+                                         [--seeds N] [--epochs N] [--lr X] [--json FILE]
 
 stage: the exchange between the branches of one encoder, forward alone and with all gradients.
 models: whole models, eager, compiled and compiled with frozen weights, and the parts their time goes to.
@@ -49,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="may be repeated")
     parser.add_argument("--data", choices=(*LOADERS, "all"), default="digits")
     parser.add_argument("--seeds", type=int, metavar="N", help="default: 3; with --quick 1")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="of the accuracy part; default: the data set's"
+    )
+    parser.add_argument("--lr", type=float, metavar="X", help="of the accuracy part; default: the data set's")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for downloads")
     options = parser.parse_args(arguments)
@@ -57,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("threads", [options.threads]),
         ("seeds", [options.seeds]),
         ("batch", options.batch or ()),
+        ("epochs", [1 if options.epochs is None else options.epochs]),
     ):
         if any(value < 1 for value in values):
             parser.error(f"--{name} must be at least 1, got {min(values)}")

@@ -47,7 +47,7 @@ _MICRO = CrossViTConfig(
     mlp_ratio=(2.0, 2.0, 1.0),
 )
 TASKS = {
-    "digits": Task(_MICRO, epochs=20),
+    "digits": Task(_MICRO, epochs=15),
     "fashion-mnist": Task(replace(_MICRO, img_size=(28, 28), patch_size=(4, 7)), epochs=8),
 }
 
@@ -120,7 +120,8 @@ def train_arm(
 def run(name: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """All arms and seeds on one data set."""
     task = TASKS[name]
-    epochs = 2 if options.quick else task.epochs
+    epochs = options.epochs or (2 if options.quick else task.epochs)
+    task = replace(task, lr=options.lr or task.lr)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms(task.crossvit)}
     plan = [
         (seed, arm, config) for seed in range(options.seeds) for arm, config in arms(task.crossvit).items()
