@@ -49,10 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="may be repeated")
     parser.add_argument("--data", choices=(*LOADERS, "all"), default="digits")
     parser.add_argument("--seeds", type=int, metavar="N", help="default: 3; with --quick 1")
-    parser.add_argument(
-        "--epochs", type=int, metavar="N", help="of the accuracy part; default: the data set's"
-    )
-    parser.add_argument("--lr", type=float, metavar="X", help="of the accuracy part; default: the data set's")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of the accuracy part")
+    parser.add_argument("--lr", type=float, metavar="X", help="of the accuracy part")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="for downloads")
     options = parser.parse_args(arguments)
