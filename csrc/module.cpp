@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "cpu_capability.h"
 #include "fma_loop.h"
+#include "ops/linear_cross_attention/linear_cross_attention.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
 #include "ops/structured_gather/structured_gather.h"
@@ -48,6 +49,22 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
     if (arch < 80) {
         throw py::value_error("launch_plan: `arch` must be 80 or newer, got " +
                               std::to_string(arch));
+    }
+    if (op == "linear_cross_attention") {
+        int64_t blocks = 0;
+        int64_t shared = 0;
+        int64_t least = 0;
+        int64_t splits = 1;
+        for (const auto& [tokens, channels] : shapes) {
+            const int64_t heads = std::max<int64_t>(1, channels / 64);
+            const auto images = static_cast<int64_t>(shapes.size());
+            const int64_t split = cross_attention_cuda_split(images, tokens);
+            splits = std::max<int64_t>(1, (tokens + split - 1) / split);
+            blocks += splits;
+            shared = 4 * cross_attention_shared(channels, heads);
+            least += 4 * (tokens * channels + 2 * heads * channels + channels);
+        }
+        return plan(splits > 1 ? 7 : 6, blocks, kCrossAttentionThreads, shared, least);
     }
     if (op != "saliency_rowcol" && op != "saliency_commit_" && op != "structured_zero_" &&
         op != "structured_gather") {
@@ -125,5 +142,7 @@ PYBIND11_MODULE(_C, m) {
           "float32 "
           "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
           "commit_: the "
-          "shapes are (units, 1).");
+          "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
+          "64 wide; "
+          "blocks, bytes and dynamic shared memory are those of the kernel that reads the tokens.");
 }

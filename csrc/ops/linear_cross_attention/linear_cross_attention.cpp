@@ -90,12 +90,7 @@ void split_tokens(CrossAttentionParams& p) {
     const int64_t most = std::clamp<int64_t>(kCachedValues / p.channels, 16, 256);
     const int64_t wanted = p.batch < 8 ? std::min<int64_t>(most, 64) : most;
 #else
-    // A block for each multiprocessor of a large GPU. More splits cost more than they give: each
-    // reads u and leaves partial results of the same size.
-    constexpr int64_t kBlocks = 132;
-    const int64_t per_image =
-        std::max<int64_t>(1, (kBlocks + p.batch - 1) / std::max<int64_t>(p.batch, 1));
-    const int64_t wanted = std::max<int64_t>(64, (p.tokens + per_image - 1) / per_image);
+    const int64_t wanted = cross_attention_cuda_split(p.batch, p.tokens);
 #endif
     p.splits = std::max<int64_t>(1, (p.tokens + wanted - 1) / wanted);
     p.tokens_per_split = (p.tokens + p.splits - 1) / p.splits;

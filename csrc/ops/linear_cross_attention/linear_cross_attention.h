@@ -105,6 +105,25 @@ PVF_HOST_DEVICE bool cross_attention_fits(int64_t channels, int64_t heads, bool 
     return channels * (16 + 3 * heads) <= (wide ? 20'000 : 40'000);
 }
 
+// Tokens a block takes: a block for each multiprocessor of a large GPU. More splits cost more than
+// they give: each reads u and leaves partial results of the same size.
+PVF_HOST_DEVICE int64_t cross_attention_cuda_split(int64_t batch, int64_t tokens) {
+    constexpr int64_t kBlocks = 132;
+    const int64_t images = batch > 0 ? batch : 1;
+    const int64_t per_image = (kBlocks + images - 1) / images;
+    const int64_t even = (tokens + per_image - 1) / per_image;
+    return even > 64 ? even : 64;
+}
+
+// Rows that the kernels without matrix units hold, and how many values of shared memory the forward
+// takes with them.
+constexpr int kCrossAttentionTile = 16;
+constexpr int kCrossAttentionThreads = 256;
+
+PVF_HOST_DEVICE int64_t cross_attention_shared(int64_t channels, int64_t heads) {
+    return (kCrossAttentionTile + 2 * heads) * channels + heads * (kCrossAttentionTile + 3);
+}
+
 // Rows and columns of the result that one CPU task computes: few rows against rows of the right
 // factor take these whole, as they lie in memory.
 struct CpuProductTile {

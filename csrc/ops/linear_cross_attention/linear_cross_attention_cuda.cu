@@ -13,7 +13,7 @@ using namespace device;
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kCrossAttentionThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kHeadGroup = 8;  // heads that a loop or a matrix instruction takes together
 
@@ -440,7 +440,7 @@ PVF_DEVICE void stage_vectors(const CrossAttentionParams& p, const A* vectors, i
 
 // --- Attention without matrix units -----------------------------------------------------------
 
-constexpr int kTile = 16;  // rows
+constexpr int kTile = kCrossAttentionTile;
 
 // out[j * kTile + row] = vectors[j] . tile[row] for all heads; a warp takes two rows.
 template <typename A>
@@ -549,10 +549,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
                       load_shared(running.total + at / c));
     }
     store_running(p, rows, running);
-}
-
-PVF_HOST_DEVICE int64_t attend_shared(int64_t channels, int64_t heads) {
-    return (kTile + 2 * heads) * channels + heads * (kTile + 3);
 }
 
 // --- Attention on matrix units ----------------------------------------------------------------
@@ -966,7 +962,7 @@ const char* launch_images(Kernel kernel, const CrossAttentionParams& params, voi
 
 LaunchStatus launch_attend(const CrossAttentionParams& p, bool wide, void* stream) {
     const int64_t blocks = p.batch * p.splits;
-    const int64_t values = attend_shared(p.channels, p.heads);
+    const int64_t values = cross_attention_shared(p.channels, p.heads);
     if (wide) {
         return launch_shared(cross_attention_attend_kernel<double, double>, blocks, 8 * values, p,
                              stream);
