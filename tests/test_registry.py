@@ -112,7 +112,7 @@ MAY_IMPORT = {
     "_version": set(),
     "_lib": {"_C"},
     "reference": {"reference"},
-    "ops": {"ops", "_lib", "_version"},
+    "ops": {"ops", "reference", "_lib", "_version"},
     "info": {"_lib", "_C", "ops", "_version"},
     "models": {"models", "ops", "reference", "_version"},
     "prune": {"prune", "models", "ops", "reference"},

@@ -143,10 +143,12 @@ x, i = torch.ones(1), torch.zeros(2, dtype=torch.int64)
 calls = {
     'saliency_rowcol': ([w], [w]), 'structured_zero_': ([w], [alive], [None]),
     'structured_gather': ([w], [None], [None]), 'saliency_commit_': (x, i, x, i, i[:0]),
+    'linear_cross_attention': (w, w[:, None], *[torch.eye(3)] * 4),
 }
+options = {'linear_cross_attention': {'num_heads': 1}}
 for name in ops.__all__:
     try:
-        getattr(ops, name)(*calls[name])
+        getattr(ops, name)(*calls[name], **options.get(name, {}))
     except ImportError as error:
         print(error)
 assert info.support()['saliency_rowcol'] == {'CPU': False, 'CUDA': False, 'Meta': False, 'Autograd': False}
@@ -297,6 +299,8 @@ class TestLaunchPlan:
             ("structured_zero_", (3072, 768), (1, 288, 256, 0, 4 * 3072 * 768)),
             # The same tiles; each entry read and written.
             ("structured_gather", (3072, 768), (1, 288, 256, 0, 8 * 3072 * 768)),
+            # One image of 196 tokens in 4 splits of 64 and less, 6 heads: 16 rows, u, sums, 19 values a head.
+            ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19), 4 * 209 * 384)),
             # Squares, then the sum; 39,312 units of DeiT-B.
             ("saliency_commit_", (39312, 1), (2, 154, 256, 0, 12 * 39312)),
             # Past 1024 blocks the threads stride.
