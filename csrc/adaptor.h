@@ -72,6 +72,24 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape,
     return torch::stable::new_empty(like, shape, dtype);
 }
 
+// The same past the dispatcher, which costs several microseconds of a small call. Unlike `empty` it
+// knows nothing of torch's deterministic fill, so it is for what is written whole.
+inline Tensor empty_quickly(const Tensor& like, const std::vector<int64_t>& shape, DType dtype) {
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t i = shape.size(); i > 1; --i) {
+        strides[i - 2] = strides[i - 1] * std::max<int64_t>(shape[i - 1], 1);
+    }
+    int32_t device = 0;
+    aoti_torch_get_device_type(like.get(), &device);
+    AtenTensorHandle made = nullptr;
+    STD_TORCH_CHECK(aoti_torch_empty_strided(
+                        static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                        device, like.get_device_index(), &made) == 0,
+                    "pyvitfast: memory could not be allocated");
+    return Tensor(made);
+}
+
 inline Tensor zeros(const Tensor& like, std::vector<int64_t> shape,
                     std::optional<DType> dtype = {}) {
     return torch::stable::new_zeros(like, shape, dtype);

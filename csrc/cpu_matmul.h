@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "cpu_vector.h"
 
@@ -15,14 +16,18 @@ namespace pyvitfast::PVF_CPU_CAPABILITY {
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kVectorsPerTile = 4;  // of 32 registers: 6 x 4 sums, 4 operands, a broadcast
+constexpr int kTallVectors = 3;     // 8 x 3 sums, 3 operands, a broadcast
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kVectorsPerTile = 2;  // of 16 registers: 6 x 2 sums, 2 operands, a broadcast
+constexpr int kTallVectors = 2;
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerTile = 2;
+constexpr int kTallVectors = 2;
 #endif
 constexpr int kRowsPerTile = 6;
+constexpr int kTallRows = 8;
 
 using WideFloats = float __attribute__((vector_size(kVectorBytes)));
 using WideDoubles = double __attribute__((vector_size(kVectorBytes)));
@@ -131,17 +136,18 @@ struct Stream {
     __attribute__((always_inline)) void advance() {
 #pragma GCC unroll 16
         for (int line = 0; line < kLines; ++line) {
-            __builtin_prefetch(at + line * 64);
+            __builtin_prefetch(at + line * 64, 0, 2);
         }
         at = at + kLines * 64 < end ? at + kLines * 64 : end;
     }
 };
 
-// out[j][i] = left row j . row i, for kLeft left rows and `count` rows, kWide at most.
+// out[j][i] = left row j . row i, for `left_count` left rows, kLeft at most, and `count` rows,
+// kWide at most. Rows that are not there repeat the last one and are not stored.
 template <typename A, int kLeft, int kLines>
 PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const A* left,
-                         int64_t left_stride, int64_t k, A* out, int64_t out_stride,
-                         Stream& stream) {
+                         int64_t left_stride, int64_t left_count, int64_t k, A* out,
+                         int64_t out_stride, Stream& stream) {
     constexpr int kLength = kWide<A>;
     constexpr int kRows = kLength / kLeft;
     for (int64_t first = 0; first < kLength && first < count; first += kRows) {
@@ -149,6 +155,11 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             row[i] = rows + (first + i < count ? first + i : count - 1) * row_stride;
+        }
+        const A* other_row[kLeft];
+#pragma GCC unroll 4
+        for (int j = 0; j < kLeft; ++j) {
+            other_row[j] = left + (j < left_count ? j : left_count - 1) * left_stride;
         }
         Wide<A> sums[kLength] = {};
         const int64_t whole = k / kLength * kLength;
@@ -177,7 +188,7 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
                 Wide<A> other[kLeft];
 #pragma GCC unroll 4
                 for (int j = 0; j < kLeft; ++j) {
-                    other[j] = load_wide(left + j * left_stride + at);
+                    other[j] = load_wide(other_row[j] + at);
                 }
 #pragma GCC unroll 16
                 for (int i = 0; i < kRows; ++i) {
@@ -194,12 +205,11 @@ PVF_INLINE void dot_rows(const A* rows, int64_t row_stride, int64_t count, const
         store_unaligned(totals, sums_of<A, kLength>(sums));
         for (int64_t rest = whole; rest < k; ++rest) {
             for (int t = 0; t < kLength; ++t) {
-                totals[t] += row[t % kRows][rest] * left[t / kRows * left_stride + rest];
+                totals[t] += row[t % kRows][rest] * other_row[t / kRows][rest];
             }
         }
         const int64_t present = count - first < kRows ? count - first : kRows;
-#pragma GCC unroll 4
-        for (int j = 0; j < kLeft; ++j) {
+        for (int j = 0; j < kLeft && j < left_count; ++j) {
             if (present == kRows) {
                 std::memcpy(out + j * out_stride + first, totals + j * kRows, sizeof(A) * kRows);
             } else {
@@ -217,28 +227,30 @@ PVF_INLINE void dot(const A* rows, int64_t row_stride, int64_t count, const A* l
                     int64_t left_stride, int64_t left_count, int64_t k, A* out, int64_t out_stride,
                     Stream& stream) {
     int64_t j = 0;
-    const auto pass = [&]<int kLeft>(std::integral_constant<int, kLeft>) {
-        for (; j + kLeft <= left_count; j += kLeft) {
+    // Passes of kLeft left rows, while at least kLeast of them are left.
+    const auto pass = [&]<int kLeft, int kLeast>(std::integer_sequence<int, kLeft, kLeast>) {
+        for (; j + kLeast <= left_count; j += kLeft) {
             const A* part = left + j * left_stride;
+            const int64_t present = left_count - j;
             A* to = out + j * out_stride;
             if (j == 0) {
                 // The first pass brings the rows in; with few left rows there is little else to do.
                 constexpr int kLines = kLeft == 1 ? kWide<A> : kWide<A> / kLeft / 2;
                 dot_rows<A, kLeft, (kLines > 0 ? kLines : 1)>(
-                    rows, row_stride, count, part, left_stride, k, to, out_stride, stream);
+                    rows, row_stride, count, part, left_stride, present, k, to, out_stride, stream);
             } else {
-                dot_rows<A, kLeft, 2>(rows, row_stride, count, part, left_stride, k, to, out_stride,
-                                      stream);
+                dot_rows<A, kLeft, 2>(rows, row_stride, count, part, left_stride, present, k, to,
+                                      out_stride, stream);
             }
         }
     };
     if constexpr (kWide<A> >= 16) {
-        pass(std::integral_constant<int, 4>{});
+        pass(std::integer_sequence<int, 4, 3>{});
     }
     if constexpr (kWide<A> >= 4) {
-        pass(std::integral_constant<int, 2>{});
+        pass(std::integer_sequence<int, 2, 2>{});
     }
-    pass(std::integral_constant<int, 1>{});
+    pass(std::integer_sequence<int, 1, 1>{});
 }
 
 // A factor [m, k] of single values anywhere in memory.
@@ -290,41 +302,25 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
 }
 
 // Rows [0, m) of kVectors vectors, in groups of nearly equal size.
-template <typename A, int kVectors>
+template <typename A, int kVectors, int kMostRows>
 PVF_INLINE void outer_column(Scalars<A> left, const A* right, int64_t right_stride, int64_t m,
                              int64_t k, A* out, int64_t out_stride, bool add, Stream& stream) {
-    const int64_t groups = (m + kRowsPerTile - 1) / kRowsPerTile;
+    const int64_t groups = (m + kMostRows - 1) / kMostRows;
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t begin = m * group / groups;
         const int64_t rows = m * (group + 1) / groups - begin;
         const Scalars<A> part{left.data + begin * left.row, left.row, left.col};
         A* target = out + begin * out_stride;
-        switch (rows) {
-            case 1:
-                outer_tile<A, 1, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-            case 2:
-                outer_tile<A, 2, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-            case 3:
-                outer_tile<A, 3, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-            case 4:
-                outer_tile<A, 4, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-            case 5:
-                outer_tile<A, 5, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-            default:
-                outer_tile<A, 6, kVectors>(part, right, right_stride, k, target, out_stride, add,
-                                           stream);
-                break;
-        }
+        const auto tile = [&]<int kRows>(std::integral_constant<int, kRows>) {
+            if (rows == kRows) {
+                outer_tile<A, kRows, kVectors>(part, right, right_stride, k, target, out_stride,
+                                               add, stream);
+            }
+        };
+        const auto tiles = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
+            (tile(std::integral_constant<int, kRows + 1>{}), ...);
+        };
+        tiles(std::make_integer_sequence<int, kMostRows>{});
     }
 }
 
@@ -332,16 +328,23 @@ PVF_INLINE void outer_column(Scalars<A> left, const A* right, int64_t right_stri
 template <typename A>
 static void outer(Scalars<A> left, const A* right, int64_t right_stride, int64_t m, int64_t n,
                   int64_t k, A* out, int64_t out_stride, bool add, Stream& stream) {
-    constexpr int64_t kBlock = kVectorsPerTile * kWide<A>;
     int64_t col = 0;
-    for (; col + kBlock <= n; col += kBlock) {
-        outer_column<A, kVectorsPerTile>(left, right + col, right_stride, m, k, out + col,
-                                         out_stride, add, stream);
+    const auto columns =
+        [&]<int kVectors, int kMostRows>(std::integer_sequence<int, kVectors, kMostRows>) {
+            for (; col + kVectors * kWide<A> <= n; col += kVectors * kWide<A>) {
+                outer_column<A, kVectors, kMostRows>(left, right + col, right_stride, m, k,
+                                                     out + col, out_stride, add, stream);
+            }
+        };
+    // Taller tiles where they save a pass over the right factor and enough columns make up for the
+    // last.
+    if (kTallVectors < kVectorsPerTile && n >= 8 * kWide<A> &&
+        (m + kTallRows - 1) / kTallRows < (m + kRowsPerTile - 1) / kRowsPerTile) {
+        columns(std::integer_sequence<int, kTallVectors, kTallRows>{});
+    } else {
+        columns(std::integer_sequence<int, kVectorsPerTile, kRowsPerTile>{});
     }
-    for (; col + kWide<A> <= n; col += kWide<A>) {
-        outer_column<A, 1>(left, right + col, right_stride, m, k, out + col, out_stride, add,
-                           stream);
-    }
+    columns(std::integer_sequence<int, 1, kTallRows>{});
     for (; col < n; ++col) {
         for (int64_t i = 0; i < m; ++i) {
             A total = add ? out[i * out_stride + col] : A(0);

@@ -19,6 +19,9 @@ NAMES = (
 _ALIGNMENT = 16  # elements to which each part of what is kept for the backward is rounded up
 
 
+_OP = _checks.call(NAME) if _checks.defined() else None
+
+
 def folds(rows: int, channels: int, num_heads: int) -> bool:
     """Whether the folded form needs no more multiply-accumulates than keys and values of ``rows`` rows.
 
@@ -170,22 +173,20 @@ def linear_cross_attention(
         query, tokens, q_weight, k_weight, v_weight, proj_weight,
         q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        _check(inputs, num_heads)
     try:
-        device = tokens.device.type
-        channels = query.shape[1]
+        channels, dtype, device = query.shape[1], query.dtype, tokens.device.type
         scale = (channels // num_heads) ** -0.5 if scale is None else scale
         cast = _autocast(device)
-        mixed = not cast and any(t is not None and t.dtype != query.dtype for t in inputs[1:])
-        if mixed or (norm_weight is None and norm_bias is not None):
+        plain = cast or all([t is None or t.dtype == dtype for t in inputs])
+        folding = folds(tokens.shape[1] + 1, channels, num_heads) and _fits(tokens, channels, num_heads)
+        if not (plain and folding) or (norm_weight is None and norm_bias is not None):
             _check(inputs, num_heads)
-        if not (folds(tokens.shape[1] + 1, channels, num_heads) and _fits(tokens, channels, num_heads)):
-            _check(inputs, num_heads)
-            result = _unfolded(inputs, num_heads, scale, eps)
+        if folding:
+            keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+            op = _OP or _checks.call(NAME)
+            result: Tensor = op(*inputs, num_heads, eps, scale, keep)[0]
         else:
-            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-            result = _checks.call(NAME)(*inputs, num_heads, eps, scale, keep)[0]
+            result = _unfolded(inputs, num_heads, scale, eps)
     except ImportError:
         raise
     except Exception:

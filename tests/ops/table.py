@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyvitfast import ops
-from pyvitfast.ops import _checks
 
 EMULATED = os.environ.get("PYVITFAST_BACKEND") == "emulated"
 
@@ -107,26 +106,18 @@ def widened(tree: Any) -> Any:
     return pytree.tree_map(widen, tree)
 
 
-@contextlib.contextmanager
-def recorded_calls(op: str) -> Iterator[list[tuple[Any, ...]]]:
-    """Arguments with which the Python function calls its registered op."""
-    calls: list[tuple[Any, ...]] = []
-    original = _checks.call
+class RecordedCalls(TorchDispatchMode):
+    """The arguments with which a registered op is called inside."""
 
-    def call(name: str) -> Any:
-        target = original(name)
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.overload = getattr(torch.ops.pyvitfast, op).default
+        self.calls: list[tuple[Any, ...]] = []
 
-        def run(*args: Any) -> Any:
-            calls.append(cloned(args))
-            return target(*args)
-
-        return run if name == op else target
-
-    _checks.call = call
-    try:
-        yield calls
-    finally:
-        _checks.call = original
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is self.overload:
+            self.calls.append(cloned(args))
+        return function(*args, **(kwargs or {}))
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:

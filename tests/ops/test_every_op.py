@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from pyvitfast import ops, reference
 from tests.ops.emulator import Emulator
-from tests.ops.table import EMULATED, cloned, devices, outputs_of, recorded_calls, to, widened
+from tests.ops.table import EMULATED, RecordedCalls, cloned, devices, outputs_of, to, widened
 
 TABLES = {name: importlib.import_module(f"tests.ops.test_{name}").TABLE for name in ops.__all__}
 CASES = [pytest.param(t, s, id=f"{t.op}-{s.name}") for t in TABLES.values() for s in t.samples]
@@ -96,13 +96,14 @@ def test_bits_do_not_depend_on_threads_or_runs(table, sample):
 def test_opcheck(table, sample):
     for dtype in (torch.float32, torch.float64):
         args, kwargs = sample.make(dtype)
-        with recorded_calls(table.op) as calls:
+        with RecordedCalls(table.op) as recorded:
             functions(table)[0](*cloned(args), **kwargs)
         overload = getattr(torch.ops.pyvitfast, table.op).default
-        for call in calls:
+        for call in recorded.calls:
             call = cloned(call)
             if table.inputs is not None:
-                for tensor in torch.utils._pytree.tree_leaves(call):
+                # An op over a list of tensors takes constants after it.
+                for tensor in torch.utils._pytree.tree_leaves(call[0] if isinstance(call[0], list) else call):
                     if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                         tensor.requires_grad_()
             opcheck(overload, call)

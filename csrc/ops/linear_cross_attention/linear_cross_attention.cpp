@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor> linear_cross_attention(
         p.query_norm = p.query_hat;
         p.context = p.context_hat;
     }
-    Tensor out = empty(in.query, {b, c}, in.wide ? DType::Double : in.query.scalar_type());
+    Tensor out = empty_quickly(in.query, {b, c}, in.query.scalar_type());
     const Runner runner(in);
     runner.normalize_query(p);
     runner.products({product(in.rows(p.query_norm), transposed(in.weight(0)), in.rows(kept.q), 1, b,
@@ -371,7 +371,7 @@ std::tuple<Tensor, Tensor> linear_cross_attention(
                              in.head_rows(kept.heads), h, b, d, c, in.bias(2))});
     runner.products({product(in.rows(kept.heads), transposed(in.weight(3)), view_of(out, 0, c, 1),
                              1, b, c, c, in.bias(3))});
-    return {out, keep ? memory : buffer(in, 0)};
+    return {out, keep ? memory : empty_quickly(in.tokens, {0}, in.sum_type())};
 }
 
 TensorList linear_cross_attention_backward(

@@ -7,19 +7,30 @@
 
 namespace pyvitfast::PVF_CPU_CAPABILITY {
 
-// Working memory of a range of tasks.
+// Working memory of a range of tasks. Memory that no task touches is never asked for: large blocks
+// come from the system, page by page.
 template <typename A>
 class Scratch {
    public:
-    explicit Scratch(int64_t count)
-        : data_(static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {}
+    Scratch() = default;
+    explicit Scratch(int64_t count) { reserve(count); }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
+
+    A* reserve(int64_t count) {
+        if (count > count_) {
+            std::free(data_);
+            data_ = static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64));
+            count_ = count;
+        }
+        return data_;
+    }
     A* data() const { return data_; }
 
    private:
-    A* data_;
+    A* data_ = nullptr;
+    int64_t count_ = 0;
 };
 
 template <typename A, typename T>
@@ -86,13 +97,14 @@ PVF_INLINE bool holds(const MatrixView& view) {
 // One tile of a product into `tile`.
 template <typename A>
 static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t rows, int64_t col0,
-                          int64_t cols, A* tile, int64_t tile_stride, A* scratch, Stream& stream) {
+                          int64_t cols, A* tile, int64_t tile_stride, Scratch<A>& memory,
+                          Stream& stream) {
     static constexpr A kOne = 1;
     const Scalars<A> left = p.left.data == nullptr ? Scalars<A>{&kOne, 0, 0}
                                                    : Scalars<A>{address<A>(p.left, entry, row0, 0),
                                                                 p.left.row, p.left.col};
     if (p.right.col == 1) {
-        const A* right = scratch;
+        const A* right = nullptr;
         int64_t stride = tile_stride;
         if (holds<A>(p.right) && cols % kWide<A> == 0) {
             right = address<A>(p.right, entry, 0, col0);
@@ -100,8 +112,10 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
             stream.cover(address<A>(p.right, entry, 0, 0),
                          address<A>(p.right, p.batch - 1, p.k, 0));
         } else {
+            A* const widened = memory.reserve(p.k * tile_stride);
+            right = widened;
             for (int64_t k = 0; k < p.k; ++k) {
-                A* to = scratch + k * tile_stride;
+                A* to = widened + k * tile_stride;
                 const A* from = row_of<A>(p.right, entry, k, col0, cols, to);
                 for (int64_t i = 0; from != to && i < cols; ++i) {
                     to[i] = from[i];
@@ -117,15 +131,17 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
     }
     for (int64_t col = 0; col < cols; col += kWide<A>) {
         const int64_t count = std::min<int64_t>(kWide<A>, cols - col);
-        const A* weights = scratch;
+        const A* weights = nullptr;
         int64_t stride = p.k;
         if (holds<A>(p.right)) {
             weights = address<A>(p.right, entry, 0, col0 + col);
             stride = p.right.col;
             stream.cover(weights, address<A>(p.right, p.batch - 1, 0, p.n));
         } else {
+            A* const widened = memory.reserve(kWide<A> * p.k);
+            weights = widened;
             for (int64_t i = 0; i < count; ++i) {
-                row_of<A>(p.right, entry, 0, col0 + col + i, p.k, scratch + i * p.k);
+                row_of<A>(p.right, entry, 0, col0 + col + i, p.k, widened + i * p.k);
             }
         }
         dot(weights, stride, count, left.data, left.row, rows, p.k, tile + col, tile_stride,
@@ -135,12 +151,8 @@ static void multiply_tile(const Product& p, int64_t entry, int64_t row0, int64_t
 
 template <typename A>
 static void products_of(const ProductTable& table, int64_t begin, int64_t end) {
-    int64_t longest = 0;
-    for (int i = 0; i < table.count; ++i) {
-        longest = std::max(longest, table.products[i].k);
-    }
     constexpr int64_t kMostCols = kCpuProductTileSize / 4;
-    const Scratch<A> scratch(longest * kMostCols);
+    Scratch<A> memory;
     alignas(64) A tile[kCpuProductTileSize];
     A bias_buffer[kMostCols];
     Stream stream;
@@ -159,7 +171,7 @@ static void products_of(const ProductTable& table, int64_t begin, int64_t end) {
         const int64_t entry = local / col_tiles / row_tiles;
         const int64_t rows = std::min(size.rows, p.m - row0);
         const int64_t cols = std::min(size.cols, p.n - col0);
-        multiply_tile<A>(p, entry, row0, rows, col0, cols, tile, size.cols, scratch.data(), stream);
+        multiply_tile<A>(p, entry, row0, rows, col0, cols, tile, size.cols, memory, stream);
         const A alpha = static_cast<A>(p.alpha);
         const A* bias =
             p.bias.data == nullptr ? nullptr : row_of<A>(p.bias, entry, 0, col0, cols, bias_buffer);
@@ -281,11 +293,12 @@ struct Rows {
 
 template <typename A, bool kKnownMoments>
 PVF_INLINE Rows<A> rows_of_split(const CrossAttentionParams& p, int64_t b, int64_t first,
-                                 int64_t count, A* buffer) {
+                                 int64_t count, Scratch<A>& memory) {
     const int64_t c = p.channels;
     if (!p.norm && holds<A>(p.token)) {
         return {address<A>(p.token, b, first, 0), p.token.row};
     }
+    A* const buffer = memory.reserve(p.tokens_per_split * c);
     for (int64_t n = 0; n < count; ++n) {
         A* to = buffer + n * c;
         const A* row = row_of<A>(p.token, b, first + n, 0, c, to);
@@ -397,10 +410,10 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
     const int64_t c = p.channels;
     const int64_t h = p.heads;
     const int64_t pad = padded(1 + p.tokens_per_split);
-    const Scratch<A> scratch(2 * c + h * c + h * pad + p.tokens_per_split * c);
+    const Scratch<A> scratch(2 * c + h * c + h * pad);
+    Scratch<A> normalized;
     A* const gamma_u = scratch.data() + 2 * c;
     A* const scores = gamma_u + h * c;
-    A* const buffer = scores + h * pad;
     const Affine<A> affine(p, scratch.data());
     std::fill(scores, scores + h * pad, A(0));
     Stream stream;
@@ -415,7 +428,7 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
             }
             u = gamma_u;
         }
-        const Rows<A> rows = rows_of_split<A, false>(p, b, split.first, split.count, buffer);
+        const Rows<A> rows = rows_of_split<A, false>(p, b, split.first, split.count, normalized);
         cover_tokens(p, task, end, stream);
         dot_split(p, split, query, rows, u, scores, pad, stream);
         const int64_t count = split.queries + split.count;
@@ -512,13 +525,13 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
     const int64_t c = p.channels;
     const int64_t h = p.heads;
     const int64_t pad = padded(1 + p.tokens_per_split);
-    const Scratch<A> scratch(2 * c + 2 * h * c + 2 * h * pad + 2 * p.tokens_per_split * c);
+    const Scratch<A> scratch(2 * c + 2 * h * c + 2 * h * pad);
+    Scratch<A> normalized;
+    Scratch<A> indirect;
     // Rows of slopes and of u one below the other, and their weights likewise: d_row = sum over 2
     // H.
     A* const vectors = scratch.data() + 2 * c;
     A* const weights = vectors + 2 * h * c;
-    A* const buffer = weights + 2 * h * pad;
-    A* const slopes = buffer + p.tokens_per_split * c;
     const Affine<A> affine(p, scratch.data());
     const bool direct = !p.norm && holds<A>(p.d_token);
     Stream stream;
@@ -533,7 +546,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
             scale_row<A>(part<A>(p.u, (b * h + j) * c), affine.gamma, nullptr, c,
                          vectors + (h + j) * c);
         }
-        const Rows<A> rows = rows_of_split<A, true>(p, b, split.first, split.count, buffer);
+        const Rows<A> rows = rows_of_split<A, true>(p, b, split.first, split.count, normalized);
         A* const slope_scores = weights + h * pad;
         cover_tokens(p, task, end, stream);
         dot_split(p, split, query, rows, vectors, slope_scores, pad, stream);
@@ -559,6 +572,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
             outer(Scalars<A>{weights, 1, pad}, vectors, c, int64_t{1}, c, 2 * h,
                   part<A>(p.d_query_hat, b * c), c, false, stream);
         }
+        A* const slopes = direct ? nullptr : indirect.reserve(p.tokens_per_split * c);
         A* const out = direct ? target<A>(p.d_token, b, split.first, 0) : slopes;
         const int64_t out_stride = direct ? p.d_token.row : c;
         outer(Scalars<A>{weights + split.queries, 1, pad}, vectors, c, split.count, c, 2 * h, out,
