@@ -111,11 +111,16 @@ PVF_INLINE Wide<A> sums_of(const Wide<A>* vectors) {
 
 template <typename A>
 PVF_INLINE A sum_of(Wide<A> vector) {
-    A total = vector[0];
-    for (int lane = 1; lane < kWide<A>; ++lane) {
-        total += vector[lane];
+#pragma GCC unroll 4
+    for (int step = kWide<A> / 2; step > 0; step /= 2) {
+        typename WideOf<A>::index other{};
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWide<A>; ++lane) {
+            other[lane] = lane ^ step;
+        }
+        vector += __builtin_shuffle(vector, other);
     }
-    return total;
+    return vector[0];
 }
 
 // What will be read later, asked for line by line while something else is computed. In order of

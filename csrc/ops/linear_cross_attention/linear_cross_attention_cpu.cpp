@@ -284,44 +284,6 @@ static void normalize_query_of(const CrossAttentionParams& p, int64_t begin, int
     }
 }
 
-// The tokens of a split as rows of A: where they are, or normalised and widened in `buffer`.
-template <typename A>
-struct Rows {
-    const A* data;
-    int64_t stride;
-};
-
-template <typename A, bool kKnownMoments>
-PVF_INLINE Rows<A> rows_of_split(const CrossAttentionParams& p, int64_t b, int64_t first,
-                                 int64_t count, Scratch<A>& memory) {
-    const int64_t c = p.channels;
-    if (!p.norm && holds<A>(p.token)) {
-        return {address<A>(p.token, b, first, 0), p.token.row};
-    }
-    A* const buffer = memory.reserve(p.tokens_per_split * c);
-    for (int64_t n = 0; n < count; ++n) {
-        A* to = buffer + n * c;
-        const A* row = row_of<A>(p.token, b, first + n, 0, c, to);
-        if (!p.norm) {
-            continue;
-        }
-        A* mean = part<A>(p.mean, b * p.tokens + first + n);
-        A* rstd = part<A>(p.rstd, b * (1 + p.tokens) + 1 + first + n);
-        Moments<A> moments;
-        if constexpr (kKnownMoments) {
-            moments = {*mean, *rstd};
-        } else {
-            moments = moments_of(row, c, p.eps);
-            if (mean != nullptr) {
-                *mean = moments.mean;
-                *rstd = moments.rstd;
-            }
-        }
-        normalize_row(row, c, moments, to);
-    }
-    return {buffer, c};
-}
-
 struct Split {
     int64_t image;
     int64_t first;    // token
@@ -336,44 +298,97 @@ PVF_INLINE Split split_of(const CrossAttentionParams& p, int64_t task) {
             task % p.splits == 0 ? 1 : 0};
 }
 
+// The tokens of a split as rows of A: where they are, or normalised and widened in memory of their
+// own, which `fill` does for a few of them when they are needed.
+template <typename A, bool kKnownMoments>
+class Rows {
+   public:
+    __attribute__((always_inline)) Rows(const CrossAttentionParams& p, const Split& split,
+                                        Scratch<A>& memory)
+        : p_(p), split_(split), direct_(!p.norm && holds<A>(p.token)) {
+        copy_ = direct_ ? nullptr : memory.reserve(p.tokens_per_split * p.channels);
+    }
+    const A* row(int64_t n) const {
+        return direct_ ? address<A>(p_.token, split_.image, split_.first + n, 0)
+                       : copy_ + n * p_.channels;
+    }
+    int64_t stride() const { return direct_ ? p_.token.row : p_.channels; }
+
+    __attribute__((always_inline)) void fill(int64_t begin, int64_t end) const {
+        if (direct_) {
+            return;
+        }
+        const int64_t c = p_.channels;
+        const int64_t b = split_.image;
+        for (int64_t n = begin; n < end; ++n) {
+            A* to = copy_ + n * c;
+            const int64_t token = split_.first + n;
+            const A* row = row_of<A>(p_.token, b, token, 0, c, to);
+            if (!p_.norm) {
+                continue;
+            }
+            A* mean = part<A>(p_.mean, b * p_.tokens + token);
+            A* rstd = part<A>(p_.rstd, b * (1 + p_.tokens) + 1 + token);
+            Moments<A> moments;
+            if constexpr (kKnownMoments) {
+                moments = {*mean, *rstd};
+            } else {
+                moments = moments_of(row, c, p_.eps);
+                if (mean != nullptr) {
+                    *mean = moments.mean;
+                    *rstd = moments.rstd;
+                }
+            }
+            normalize_row(row, c, moments, to);
+        }
+    }
+    // What lies ahead: all of the split and the next one, next in memory too or else little is
+    // lost. Copied rows are gone through once, so then the next split only.
+    __attribute__((always_inline)) void cover(const Split& last, Stream& stream) const {
+        with_float(p_.token.type, [&]<typename T>(Type<T>) {
+            const int64_t first = split_.first + (direct_ ? 0 : split_.count);
+            stream.cover(address<T>(p_.token, split_.image, first, 0),
+                         address<T>(p_.token, last.image, last.first + last.count, 0));
+        });
+    }
+
+   private:
+    const CrossAttentionParams& p_;
+    const Split& split_;
+    bool direct_;
+    A* copy_;
+};
+
 // out[j][n] = left row j . row n of the split, the query's row first.
-template <typename A>
+template <typename A, bool kKnownMoments>
 PVF_INLINE void dot_split(const CrossAttentionParams& p, const Split& split, const A* query,
-                          Rows<A> rows, const A* left, A* out, int64_t out_stride, Stream& stream) {
+                          const Rows<A, kKnownMoments>& rows, const A* left, A* out,
+                          int64_t out_stride, Stream& stream) {
     if (split.queries > 0) {
         dot(query, int64_t{0}, int64_t{1}, left, p.channels, p.heads, p.channels, out, out_stride,
             stream);
     }
     for (int64_t n = 0; n < split.count; n += kWide<A>) {
-        dot(rows.data + n * rows.stride, rows.stride, std::min<int64_t>(kWide<A>, split.count - n),
-            left, p.channels, p.heads, p.channels, out + split.queries + n, out_stride, stream);
+        const int64_t count = std::min<int64_t>(kWide<A>, split.count - n);
+        rows.fill(n, n + count);
+        dot(rows.row(n), rows.stride(), count, left, p.channels, p.heads, p.channels,
+            out + split.queries + n, out_stride, stream);
     }
 }
 
 // out[j] = sum over the split's rows of weight[j][n] * row n.
-template <typename A>
+template <typename A, bool kKnownMoments>
 PVF_INLINE void sum_split(const CrossAttentionParams& p, const Split& split, const A* query,
-                          Rows<A> rows, const A* weights, int64_t weights_stride, A* out,
-                          int64_t out_stride, Stream& stream) {
+                          const Rows<A, kKnownMoments>& rows, const A* weights,
+                          int64_t weights_stride, A* out, int64_t out_stride, Stream& stream) {
     const Scalars<A> left{weights, weights_stride, 1};
     if (split.queries > 0) {
         outer(left, query, int64_t{0}, p.heads, p.channels, int64_t{1}, out, out_stride, false,
               stream);
     }
     const Scalars<A> others{weights + split.queries, weights_stride, 1};
-    outer(others, rows.data, rows.stride, p.heads, p.channels, split.count, out, out_stride,
+    outer(others, rows.row(0), rows.stride(), p.heads, p.channels, split.count, out, out_stride,
           split.queries > 0, stream);
-}
-
-// The tokens of this task and the next one, which is next in memory too, or else little is lost.
-PVF_INLINE void cover_tokens(const CrossAttentionParams& p, int64_t task, int64_t end,
-                             Stream& stream) {
-    with_float(p.token.type, [&]<typename T>(Type<T>) {
-        const Split split = split_of(p, task);
-        const Split last = split_of(p, std::min(task + 1, end - 1));
-        stream.cover(address<T>(p.token, split.image, split.first, 0),
-                     address<T>(p.token, last.image, last.first + last.count, 0));
-    });
 }
 
 PVF_INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -428,8 +443,8 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
             }
             u = gamma_u;
         }
-        const Rows<A> rows = rows_of_split<A, false>(p, b, split.first, split.count, normalized);
-        cover_tokens(p, task, end, stream);
+        const Rows<A, false> rows(p, split, normalized);
+        rows.cover(split_of(p, std::min(task + 1, end - 1)), stream);
         dot_split(p, split, query, rows, u, scores, pad, stream);
         const int64_t count = split.queries + split.count;
         A* sums = part<A>(p.partial, task * h * c);
@@ -546,9 +561,9 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
             scale_row<A>(part<A>(p.u, (b * h + j) * c), affine.gamma, nullptr, c,
                          vectors + (h + j) * c);
         }
-        const Rows<A> rows = rows_of_split<A, true>(p, b, split.first, split.count, normalized);
+        const Rows<A, true> rows(p, split, normalized);
         A* const slope_scores = weights + h * pad;
-        cover_tokens(p, task, end, stream);
+        rows.cover(split_of(p, std::min(task + 1, end - 1)), stream);
         dot_split(p, split, query, rows, vectors, slope_scores, pad, stream);
         for (int64_t j = 0; j < h; ++j) {
             const A delta = dot_of(vectors + j * c, part<A>(p.context_hat, (b * h + j) * c), c);
@@ -581,7 +596,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
             A* slope = slopes + n * c;
             if (p.norm) {
                 const A rstd = *part<A>(p.rstd, b * (1 + p.tokens) + 1 + split.first + n);
-                norm_backward(slope, rows.data + n * rows.stride, rstd, c);
+                norm_backward(slope, rows.row(n), rstd, c);
             }
             with_row_type<A>(p.d_token.type, [&]<typename T>(Type<T>) {
                 narrow_row(slope, c, target<T>(p.d_token, b, split.first + n, 0));
