@@ -109,18 +109,18 @@ PVF_INLINE Wide<A> sums_of(const Wide<A>* vectors) {
     }
 }
 
-template <typename A>
+template <typename A, int kStep = kWide<A> / 2>
 PVF_INLINE A sum_of(Wide<A> vector) {
-#pragma GCC unroll 4
-    for (int step = kWide<A> / 2; step > 0; step /= 2) {
+    if constexpr (kStep == 0) {
+        return vector[0];
+    } else {
         typename WideOf<A>::index other{};
 #pragma GCC unroll 16
         for (int lane = 0; lane < kWide<A>; ++lane) {
-            other[lane] = lane ^ step;
+            other[lane] = lane ^ kStep;
         }
-        vector += __builtin_shuffle(vector, other);
+        return sum_of<A, kStep / 2>(vector + __builtin_shuffle(vector, other));
     }
-    return vector[0];
 }
 
 // What will be read later, asked for line by line while something else is computed. In order of
