@@ -26,6 +26,8 @@
 // Only in nvcc's device pass: its host compiler would warn of a pragma that it does not know.
 #if defined(__CUDA_ARCH__)
 #define PVF_UNROLL _Pragma("unroll")
+#define PVF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define PVF_UNROLL
+#define PVF_NO_UNROLL
 #endif

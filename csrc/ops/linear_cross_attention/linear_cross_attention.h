@@ -40,8 +40,8 @@ struct ProductTable {
 };
 
 // Rows and columns of the result that one block computes.
-constexpr int kProductTileRows = 32;
-constexpr int kProductTileCols = 64;
+constexpr int kProductTileRows = 16;
+constexpr int kProductTileCols = 32;
 
 PVF_HOST_DEVICE int64_t product_row_tiles(const Product& product) {
     return (product.m + kProductTileRows - 1) / kProductTileRows;
@@ -121,7 +121,8 @@ constexpr int kCrossAttentionTile = 16;
 constexpr int kCrossAttentionThreads = 256;
 
 PVF_HOST_DEVICE int64_t cross_attention_shared(int64_t channels, int64_t heads) {
-    return (kCrossAttentionTile + 2 * heads) * channels + heads * (kCrossAttentionTile + 3);
+    return (kCrossAttentionTile + 2 * heads) * channels + heads * (kCrossAttentionTile + 3) +
+           kCrossAttentionTile;
 }
 
 // Rows and columns of the result that one CPU task computes: few rows against rows of the right

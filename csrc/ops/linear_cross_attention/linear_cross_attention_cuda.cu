@@ -66,38 +66,76 @@ PVF_DEVICE A exponential(A x) {
 
 // --- Products ---------------------------------------------------------------------------------
 
-constexpr int kProductDepth = 32;  // of the chunks that go through shared memory
-constexpr int kThreadRows = 2;
-constexpr int kThreadCols = 4;
-constexpr int kThreadsAcross = kProductTileCols / kThreadCols;
-static_assert(kProductTileRows / kThreadRows * kThreadsAcross == kThreads);
+constexpr int kProductDepth = 64;  // of the chunks that go through shared memory
+constexpr int kThreadTile = 4;     // rows and columns of a thread
+constexpr int kLanesAcross = kProductTileCols / kThreadTile;
+constexpr int kProductSize = kProductTileRows * kProductTileCols;
+static_assert(kProductTileRows / kThreadTile * kLanesAcross == 32);
 
-// One chunk of a factor into shared memory as [depth][span + 1]; neighbouring threads take what are
-// neighbours in memory, which of the two directions that may be.
-template <typename A, int kSpan>
-PVF_DEVICE void stage(const MatrixView& view, int64_t entry, int64_t span_stride,
-                      int64_t depth_stride, int64_t span0, int64_t spans, int64_t depth0,
-                      int64_t depths, A* shared) {
-    for (int i = static_cast<int>(thread_idx().x); i < kSpan * kProductDepth; i += kThreads) {
-        const bool along_span = span_stride == 1;
-        const int span = along_span ? i % kSpan : i / kProductDepth;
-        const int depth = along_span ? i / kSpan : i % kProductDepth;
-        A value = A(0);
-        if (span0 + span < spans && depth0 + depth < depths) {
-            value = view.data == nullptr
-                        ? A(1)
-                        : load_element<A>(view, entry * view.batch + (span0 + span) * span_stride +
-                                                    (depth0 + depth) * depth_stride);
-        }
-        store_shared(&shared[depth * (kSpan + 1) + span], value);
+// A chunk of a factor, kSpan long in the direction that is not summed; [depth][span] in shared
+// memory, padded so that either direction of copying meets each bank once.
+template <int kSpan>
+struct Chunk {
+    static constexpr int kStride = kSpan + 4;
+    static constexpr int kPerThread = kSpan * kProductDepth / kThreads;
+
+    // Neighbouring threads take what are neighbours in memory, whichever direction that is.
+    PVF_DEVICE static int span(bool along_span, int n) {
+        const int thread = static_cast<int>(thread_idx().x);
+        return along_span ? thread % kSpan : thread % 32 / 8 + 4 * n;
     }
-}
+    PVF_DEVICE static int depth(bool along_span, int n) {
+        const int thread = static_cast<int>(thread_idx().x);
+        return along_span ? thread / kSpan + kThreads / kSpan * n : thread % 8 + thread / 32 * 8;
+    }
 
+    template <typename A>
+    PVF_DEVICE static void fetch(const MatrixView& view, int64_t entry, int64_t span_stride,
+                                 int64_t depth_stride, int64_t span0, int64_t spans, int64_t depth0,
+                                 int64_t depths, A (&held)[kPerThread]) {
+        const bool along_span = span_stride == 1;
+        with_element_type<A>(view.type, [&]<typename T>(Type<T>) {
+            const T* data = static_cast<const T*>(view.data) + entry * view.batch;
+            PVF_UNROLL
+            for (int n = 0; n < kPerThread; ++n) {
+                const int64_t s = span0 + span(along_span, n);
+                const int64_t d = depth0 + depth(along_span, n);
+                held[n] = A(0);
+                if (s < spans && d < depths) {
+                    held[n] = view.data == nullptr
+                                  ? A(1)
+                                  : static_cast<A>(
+                                        to_float(load(data + s * span_stride + d * depth_stride)));
+                }
+            }
+        });
+    }
+
+    template <typename A>
+    PVF_DEVICE static void put(bool along_span, int depths, const A (&held)[kPerThread],
+                               A* shared) {
+        PVF_UNROLL
+        for (int n = 0; n < kPerThread; ++n) {
+            const int d = depth(along_span, n);
+            if (d < depths) {
+                store_shared(shared + d * kStride + span(along_span, n), held[n]);
+            }
+        }
+    }
+};
+
+// Small tiles, and the depth shared out over the warps: the products are small and many blocks
+// hide more latency than large tiles save bytes. The next chunk is under way during the sums.
 template <typename A>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     cross_attention_products_kernel(const __grid_constant__ ProductTable table) {
-    PVF_SHARED(A, left, kProductDepth * (kProductTileRows + 1));
-    PVF_SHARED(A, right, kProductDepth * (kProductTileCols + 1));
+    using Left = Chunk<kProductTileRows>;
+    using Right = Chunk<kProductTileCols>;
+    constexpr int kStaged = kProductDepth * (Left::kStride + Right::kStride);
+    constexpr int kPartial = kWarps * kProductSize;
+    PVF_SHARED(A, shared, kStaged > kPartial ? kStaged : kPartial);
+    A* const left = &shared[0];
+    A* const right = left + kProductDepth * Left::kStride;
     const int64_t block = block_idx().x;
     const Product& p = entry_of_tile(table.products, table.count, block);
     const int64_t local = block - p.tile_begin;
@@ -106,48 +144,61 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     const int64_t col0 = local % col_tiles * kProductTileCols;
     const int64_t row0 = local / col_tiles % row_tiles * kProductTileRows;
     const int64_t entry = local / col_tiles / row_tiles;
-    const int row = static_cast<int>(thread_idx().x) / kThreadsAcross * kThreadRows;
-    const int col = static_cast<int>(thread_idx().x) % kThreadsAcross;
-    A sums[kThreadRows][kThreadCols] = {};
+    const int row = static_cast<int>(lane_id()) / kLanesAcross * kThreadTile;
+    const int col = static_cast<int>(lane_id()) % kLanesAcross * kThreadTile;
+    A held_left[Left::kPerThread];
+    A held_right[Right::kPerThread];
+    const auto fetch = [&](int64_t k) {
+        Left::fetch(p.left, entry, p.left.row, p.left.col, row0, p.m, k, p.k, held_left);
+        Right::fetch(p.right, entry, p.right.col, p.right.row, col0, p.n, k, p.k, held_right);
+    };
+    A sums[kThreadTile][kThreadTile] = {};
+    fetch(0);
     for (int64_t k = 0; k < p.k; k += kProductDepth) {
-        stage<A, kProductTileRows>(p.left, entry, p.left.row, p.left.col, row0, p.m, k, p.k,
-                                   &left[0]);
-        stage<A, kProductTileCols>(p.right, entry, p.right.col, p.right.row, col0, p.n, k, p.k,
-                                   &right[0]);
+        const int depths = static_cast<int>(p.k - k < kProductDepth ? p.k - k : kProductDepth);
         sync_threads();
-        for (int depth = 0; depth < kProductDepth; ++depth) {
-            A a[kThreadRows];
+        Left::put(p.left.row == 1, depths, held_left, left);
+        Right::put(p.right.col == 1, depths, held_right, right);
+        sync_threads();
+        if (k + kProductDepth < p.k) {
+            fetch(k + kProductDepth);
+        }
+        for (int depth = static_cast<int>(warp_id()); depth < depths; depth += kWarps) {
+            const auto a = load_shared_vec<kThreadTile>(left + depth * Left::kStride + row);
+            const auto b = load_shared_vec<kThreadTile>(right + depth * Right::kStride + col);
             PVF_UNROLL
-            for (int i = 0; i < kThreadRows; ++i) {
-                a[i] = load_shared(&left[depth * (kProductTileRows + 1) + row + i]);
-            }
-            PVF_UNROLL
-            for (int j = 0; j < kThreadCols; ++j) {
-                // Columns of a thread are far apart, so that a warp reads neighbours.
-                const A b =
-                    load_shared(&right[depth * (kProductTileCols + 1) + col + j * kThreadsAcross]);
+            for (int i = 0; i < kThreadTile; ++i) {
                 PVF_UNROLL
-                for (int i = 0; i < kThreadRows; ++i) {
-                    sums[i][j] = fma(a[i], b, sums[i][j]);
+                for (int j = 0; j < kThreadTile; ++j) {
+                    sums[i][j] = fma(a[i], b[j], sums[i][j]);
                 }
             }
         }
-        sync_threads();
     }
+    sync_threads();
     PVF_UNROLL
-    for (int j = 0; j < kThreadCols; ++j) {
-        const int64_t n = col0 + col + j * kThreadsAcross;
-        if (n >= p.n) {
-            continue;
-        }
-        const A bias = load_or<A>(p.bias, entry * p.bias.batch + n * p.bias.col, A(0));
+    for (int i = 0; i < kThreadTile; ++i) {
+        Vec<A, kThreadTile> own;
         PVF_UNROLL
-        for (int i = 0; i < kThreadRows; ++i) {
-            const int64_t m = row0 + row + i;
-            if (m < p.m) {
-                store_element<A>(p.out, entry * p.out.batch + m * p.out.row + n * p.out.col,
-                                 sums[i][j] * static_cast<A>(p.alpha) + bias);
+        for (int j = 0; j < kThreadTile; ++j) {
+            own[j] = sums[i][j];
+        }
+        store_shared_vec(
+            &shared[0] + (warp_id() * kProductTileRows + row + i) * kProductTileCols + col, own);
+    }
+    sync_threads();
+    for (int at = static_cast<int>(thread_idx().x); at < kProductSize; at += kThreads) {
+        const int64_t m = row0 + at / kProductTileCols;
+        const int64_t n = col0 + at % kProductTileCols;
+        if (m < p.m && n < p.n) {
+            A sum = A(0);
+            PVF_UNROLL
+            for (int warp = 0; warp < kWarps; ++warp) {
+                sum += load_shared(&shared[0] + warp * kProductSize + at);
             }
+            const A bias = load_or<A>(p.bias, entry * p.bias.batch + n * p.bias.col, A(0));
+            store_element<A>(p.out, entry * p.out.batch + m * p.out.row + n * p.out.col,
+                             sum * static_cast<A>(p.alpha) + bias);
         }
     }
 }
@@ -253,88 +304,157 @@ PVF_DEVICE SplitRows rows_of_block(const CrossAttentionParams& p) {
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-// Values i, i + 1, .. of a row to f(i, value), shared out over a warp; whole vectors where the row
-// is aligned.
-template <typename T, typename F>
-PVF_DEVICE void each_of_row(const T* row, int64_t count, const F& f) {
-    constexpr int kStep = kVector<T>;
-    const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0 && count % kStep == 0;
-    if (aligned) {
-        for (int64_t i = lane_id() * kStep; i < count; i += 32 * kStep) {
-            const auto values = load_vec_streaming<kStep>(row + i);
-            PVF_UNROLL
-            for (int k = 0; k < kStep; ++k) {
-                f(i + k, to_float(values[k]));
+// Vectors that a lane holds of a row of up to 768 channels. Doubles only have to be right.
+template <typename T>
+constexpr int kHeldVectors = sizeof(T) == 8 ? 1 : 24 / kVector<T>;
+
+// A row in the registers of a warp, so that it is read once and goes to shared memory once.
+template <typename T>
+struct HeldRow {
+    Vec<T, kVector<T>> part[kHeldVectors<T>];
+
+    PVF_DEVICE static bool holds(const T* row, int64_t count) {
+        return sizeof(T) < 8 && count % kVector<T> == 0 &&
+               count <= 32 * kVector<T> * kHeldVectors<T> &&
+               reinterpret_cast<uintptr_t>(row) % 16 == 0;
+    }
+
+    // f(v, i) for each of the lane's vectors: part[v] has the values i, i + 1, ..
+    template <typename F>
+    PVF_DEVICE static void each(int64_t count, const F& f) {
+        PVF_UNROLL
+        for (int v = 0; v < kHeldVectors<T>; ++v) {
+            const int i = (v * 32 + static_cast<int>(lane_id())) * kVector<T>;
+            if (i < count) {
+                f(v, i);
             }
         }
-    } else {
-        for (int64_t i = lane_id(); i < count; i += 32) {
-            f(i, to_float(load(row + i)));
-        }
     }
-}
+
+    PVF_DEVICE void read(const T* row, int64_t count) {
+        each(count, [&](int v, int i) { part[v] = load_vec_streaming<kVector<T>>(row + i); });
+    }
+
+    // All values to f(value).
+    template <typename F>
+    PVF_DEVICE void values(int64_t count, const F& f) const {
+        each(count, [&](int v, int) {
+            PVF_UNROLL
+            for (int k = 0; k < kVector<T>; ++k) {
+                f(to_float(part[v][k]));
+            }
+        });
+    }
+
+    // f(value) of all values to shared memory as S.
+    template <typename S, typename F>
+    PVF_DEVICE void write(S* to, int64_t count, const F& f) const {
+        each(count, [&](int v, int i) {
+            Vec<S, kVector<T>> out;
+            PVF_UNROLL
+            for (int k = 0; k < kVector<T>; ++k) {
+                out[k] = from_float<S>(f(to_float(part[v][k])));
+            }
+            store_shared_vec(to + i, out);
+        });
+    }
+};
 
 // A tile of rows into shared memory as hats of type S; a warp takes whole rows, so no thread waits
-// for another warp. Rows that do not exist become zeros. kKnown: mean and deviation are there.
-template <typename A, typename T, typename S, int kTileRows, bool kKnown>
+// for another warp. Rows that do not exist become zeros. `deviations`: inverse ones of the tokens.
+// kAhead: a row is on its way while the one before is worked on, for twice the registers.
+template <typename A, typename T, bool kAhead = true, typename S>
 PVF_DEVICE void load_rows(const CrossAttentionParams& p, const SplitRows& rows, int64_t first,
-                          S* tile, int64_t stride) {
+                          int tile_rows, S* tile, int64_t stride, A* deviations) {
     const int64_t c = p.channels;
-    for (int local = static_cast<int>(warp_id()); local < kTileRows; local += kWarps) {
-        S* to = tile + local * stride;
+    const auto address = [&](int local) -> const T* {
         const int64_t row = first + local;
+        if (local >= tile_rows || row < rows.queries || row >= rows.count) {
+            return nullptr;
+        }
+        return static_cast<const T*>(p.token.data) + rows.image * p.token.batch +
+               (rows.first_token + row - rows.queries) * p.token.row;
+    };
+    const auto read = [&](HeldRow<T>& held, const T* from) {
+        if (from != nullptr && HeldRow<T>::holds(from, c)) {
+            held.read(from, c);
+        }
+    };
+    HeldRow<T> held;
+    if constexpr (kAhead) {
+        read(held, address(static_cast<int>(warp_id())));
+    }
+    for (int local = static_cast<int>(warp_id()); local < tile_rows; local += kWarps) {
+        HeldRow<T> next;
+        if constexpr (kAhead) {
+            read(next, address(local + kWarps));
+        } else {
+            read(held, address(local));
+        }
+        S* to = tile + local * stride;
+        const T* from = address(local);
         const auto put = [&](int64_t i, A value) {
             store_shared(to + i, from_float<S>(static_cast<Accumulate<S>>(value)));
         };
-        if (row >= rows.count) {
+        if (from == nullptr) {
+            const bool query = first + local < rows.queries;
             for (int64_t i = lane_id(); i < c; i += 32) {
-                put(i, A(0));
+                put(i, query ? load(part<A>(p.query_hat, rows.image * c + i)) : A(0));
             }
-            continue;
-        }
-        if (row < rows.queries) {
-            for (int64_t i = lane_id(); i < c; i += 32) {
-                put(i, load(part<A>(p.query_hat, rows.image * c + i)));
-            }
-            continue;
-        }
-        const int64_t token = rows.first_token + row - rows.queries;
-        const T* from =
-            static_cast<const T*>(p.token.data) + rows.image * p.token.batch + token * p.token.row;
-        if (!p.norm) {
-            each_of_row(from, c, [&](int64_t i, A value) { put(i, value); });
-            continue;
-        }
-        A mean = A(0);
-        A rstd = A(0);
-        A* kept_mean = part<A>(p.mean, rows.image * p.tokens + token);
-        A* kept_rstd = part<A>(p.rstd, rows.image * (1 + p.tokens) + 1 + token);
-        if constexpr (kKnown) {
-            mean = load(kept_mean);
-            rstd = load(kept_rstd);
-            each_of_row(from, c, [&](int64_t i, A value) { put(i, (value - mean) * rstd); });
         } else {
-            // The row as it is goes through shared memory, where the next two passes find it.
-            A total = A(0);
-            each_of_row(from, c, [&](int64_t i, A value) {
-                put(i, value);
-                total += value;
-            });
-            mean = warp_sum(total) / static_cast<A>(c);
-            sync_warp();
-            A squares = A(0);
-            for (int64_t i = lane_id(); i < c; i += 32) {
-                const A off = static_cast<A>(to_float(load_shared(to + i))) - mean;
-                squares = fma(off, off, squares);
+            const bool holds = HeldRow<T>::holds(from, c);
+            // What no vectors hold waits in shared memory; a lane meets its own values only.
+            const auto own = [&](int64_t i) {
+                return static_cast<A>(to_float(load_shared(to + i)));
+            };
+            if (!holds) {
+                for (int64_t i = lane_id(); i < c; i += 32) {
+                    put(i, static_cast<A>(to_float(load(from + i))));
+                }
             }
-            rstd = rsqrt(warp_sum(squares) / static_cast<A>(c) + static_cast<A>(p.eps));
-            for (int64_t i = lane_id(); i < c; i += 32) {
-                put(i, (static_cast<A>(to_float(load_shared(to + i))) - mean) * rstd);
+            A mean = A(0);
+            A rstd = A(1);
+            if (p.norm) {
+                A total = A(0);
+                A squares = A(0);
+                const auto add = [&](A value) { total += value; };
+                const auto add_square = [&](A value) {
+                    const A off = value - mean;
+                    squares = fma(off, off, squares);
+                };
+                if (holds) {
+                    held.values(c, add);
+                } else {
+                    for (int64_t i = lane_id(); i < c; i += 32) {
+                        add(own(i));
+                    }
+                }
+                mean = warp_sum(total) / static_cast<A>(c);
+                if (holds) {
+                    held.values(c, add_square);
+                } else {
+                    for (int64_t i = lane_id(); i < c; i += 32) {
+                        add_square(own(i));
+                    }
+                }
+                rstd = rsqrt(warp_sum(squares) / static_cast<A>(c) + static_cast<A>(p.eps));
+                if (lane_id() == 0) {
+                    store_shared(deviations + local, rstd);
+                }
             }
-            if (kept_mean != nullptr && lane_id() == 0) {
-                store(kept_mean, mean);
-                store(kept_rstd, rstd);
+            const auto hat = [&](A value) {
+                return static_cast<Accumulate<S>>(p.norm ? (value - mean) * rstd : value);
+            };
+            if (holds) {
+                held.template write<S>(to, c, hat);
+            } else if (p.norm) {
+                for (int64_t i = lane_id(); i < c; i += 32) {
+                    put(i, hat(own(i)));
+                }
             }
+        }
+        if constexpr (kAhead) {
+            held = next;
         }
     }
 }
@@ -355,16 +475,15 @@ PVF_DEVICE void start_running(const Running<A>& running, int heads) {
     }
 }
 
-// One warp a head, one lane a row: score(row) of the tile's rows that exist becomes exp(score -
-// peak), handed to put(head, row, value) for every row of the tile.
-template <typename A, int kTileRows, typename Score, typename Put>
+// One warp a head, one lane a row of at most 32: score(row) of the tile's rows that exist becomes
+// exp(score - peak), handed to put(head, row, value) for every row of the tile.
+template <typename A, typename Score, typename Put>
 PVF_DEVICE void softmax_tile(const CrossAttentionParams& p, const SplitRows& rows, int64_t first,
-                             int heads, const Running<A>& running, const Score& score,
-                             const Put& put) {
-    static_assert(kTileRows <= 32);
+                             int tile_rows, int heads, const Running<A>& running,
+                             const Score& score, const Put& put) {
     for (int j = static_cast<int>(warp_id()); j < heads; j += kWarps) {
         const int row = static_cast<int>(lane_id());
-        const bool there = row < kTileRows && first + row < rows.count && j < p.heads;
+        const bool there = row < tile_rows && first + row < rows.count && j < p.heads;
         const A own = there ? score(row, j) : -A(INFINITY);
         if (there && p.scores != nullptr) {
             const int64_t token = 1 + rows.first_token + first + row - rows.queries;
@@ -377,7 +496,7 @@ PVF_DEVICE void softmax_tile(const CrossAttentionParams& p, const SplitRows& row
         const A factor = before == -A(INFINITY) ? A(0) : exponential(before - peak);
         const A value = there ? exponential(own - peak) : A(0);
         const A sum = warp_sum(value);
-        if (row < kTileRows) {
+        if (row < tile_rows) {
             put(j, row, value);
         }
         sync_warp();  // all lanes have read the old peak
@@ -442,14 +561,36 @@ PVF_DEVICE void stage_vectors(const CrossAttentionParams& p, const A* vectors, i
 
 constexpr int kTile = kCrossAttentionTile;
 
+// Half of the values stay with half of the lanes, and again, until each lane has one.
+template <int kHalf, typename A>
+PVF_DEVICE void exchange_halves(A (&values)[16]) {
+    const bool upper = (lane_id() & 2 * kHalf) != 0;
+    PVF_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+        const A first = values[i];
+        const A second = values[i + kHalf];
+        values[i] = (upper ? second : first) + shuffle_xor(upper ? first : second, 2 * kHalf);
+    }
+    if constexpr (kHalf > 1) {
+        exchange_halves<kHalf / 2>(values);
+    }
+}
+
+// Sums each of 16 values over the warp: lane l gets the sum of value l / 2, in 16 exchanges.
+template <typename A>
+PVF_DEVICE A warp_sum_16(A (&values)[16]) {
+    exchange_halves<8>(values);
+    return values[0] + shuffle_xor(values[0], 1);
+}
+
 // out[j * kTile + row] = vectors[j] . tile[row] for all heads; a warp takes two rows.
 template <typename A>
-PVF_DEVICE void dot_tile(const A* vectors, const A* tile, int64_t channels, int heads, A* out) {
+PVF_DEVICE void dot_tile(const A* vectors, const A* tile, int channels, int heads, A* out) {
     constexpr int kRows = kTile / kWarps;
     const int row0 = static_cast<int>(warp_id()) * kRows;
     for (int group = 0; group < heads; group += kHeadGroup) {
-        A sums[kRows][kHeadGroup] = {};
-        for (int64_t i = lane_id(); i < channels; i += 32) {
+        A sums[kRows * kHeadGroup] = {};
+        for (int i = static_cast<int>(lane_id()); i < channels; i += 32) {
             A values[kRows];
             PVF_UNROLL
             for (int r = 0; r < kRows; ++r) {
@@ -461,29 +602,26 @@ PVF_DEVICE void dot_tile(const A* vectors, const A* tile, int64_t channels, int 
                     const A other = load_shared(vectors + (group + j) * channels + i);
                     PVF_UNROLL
                     for (int r = 0; r < kRows; ++r) {
-                        sums[r][j] = fma(values[r], other, sums[r][j]);
+                        sums[r * kHeadGroup + j] = fma(values[r], other, sums[r * kHeadGroup + j]);
                     }
                 }
             }
         }
-        PVF_UNROLL
-        for (int j = 0; j < kHeadGroup; ++j) {
-            PVF_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                const A total = warp_sum(sums[r][j]);
-                if (lane_id() == 0 && group + j < heads) {
-                    store_shared(out + (group + j) * kTile + row0 + r, total);
-                }
-            }
+        const A total = warp_sum_16(sums);
+        const int which = static_cast<int>(lane_id()) / 2;
+        const int head = group + which % kHeadGroup;
+        if (lane_id() % 2 == 0 && head < heads) {
+            store_shared(out + head * kTile + row0 + which / kHeadGroup, total);
         }
     }
 }
 
 // sums[j] = factor[j] * sums[j] + sum over rows of weights[j * kTile + row] * tile[row].
 template <typename A>
-PVF_DEVICE void sum_tile(const A* weights, const A* tile, const A* factor, int64_t channels,
-                         int heads, A* sums) {
-    for (int64_t i = thread_idx().x; i < channels; i += kThreads) {
+PVF_DEVICE void sum_tile(const A* weights, const A* tile, const A* factor, int channels, int heads,
+                         A* sums) {
+    constexpr int kRows = 4;  // weights of a vector load, which all threads share
+    for (int i = static_cast<int>(thread_idx().x); i < channels; i += kThreads) {
         for (int group = 0; group < heads; group += kHeadGroup) {
             A own[kHeadGroup];
             PVF_UNROLL
@@ -493,13 +631,22 @@ PVF_DEVICE void sum_tile(const A* weights, const A* tile, const A* factor, int64
                     there && factor != nullptr ? load_shared(factor + group + j) : A(1);
                 own[j] = there ? load_shared(sums + (group + j) * channels + i) * shrink : A(0);
             }
-            for (int row = 0; row < kTile; ++row) {
-                const A value = load_shared(tile + row * channels + i);
+            PVF_NO_UNROLL  // registers
+                for (int row = 0; row < kTile; row += kRows) {
+                A values[kRows];
+                PVF_UNROLL
+                for (int r = 0; r < kRows; ++r) {
+                    values[r] = load_shared(tile + (row + r) * channels + i);
+                }
                 PVF_UNROLL
                 for (int j = 0; j < kHeadGroup; ++j) {
                     if (group + j < heads) {
-                        own[j] =
-                            fma(load_shared(weights + (group + j) * kTile + row), value, own[j]);
+                        const auto weight =
+                            load_shared_vec<kRows>(weights + (group + j) * kTile + row);
+                        PVF_UNROLL
+                        for (int r = 0; r < kRows; ++r) {
+                            own[j] = fma(weight[r], values[r], own[j]);
+                        }
                     }
                 }
             }
@@ -514,37 +661,38 @@ PVF_DEVICE void sum_tile(const A* weights, const A* tile, const A* factor, int64
 }
 
 template <typename A, typename T>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     cross_attention_attend_kernel(const __grid_constant__ CrossAttentionParams p) {
     PVF_DYNAMIC_SHARED(A, shared);
-    const int64_t c = p.channels;
+    const int c = static_cast<int>(p.channels);
     const int h = static_cast<int>(p.heads);
     const SplitRows rows = rows_of_block(p);
-    A* const tile = shared;
+    A* const weights = shared;  // first, so that both can be met by vectors
+    A* const tile = weights + h * kTile;
     A* const gamma_u = tile + kTile * c;
     A* const sums = gamma_u + h * c;
-    A* const weights = sums + h * c;
-    const Running<A> running{weights + h * kTile, weights + h * kTile + h,
-                             weights + h * kTile + 2 * h};
+    A* const deviations = sums + h * c;
+    A* const states = deviations + kTile;
+    const Running<A> running{states, states + h, states + 2 * h};
     stage_vectors(p, part<A>(p.u, rows.image * h * c), h, gamma_u);
-    for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
+    for (int at = static_cast<int>(thread_idx().x); at < h * c; at += kThreads) {
         store_shared(sums + at, A(0));
     }
     start_running(running, h);
     for (int64_t first = 0; first < rows.count; first += kTile) {
-        load_rows<A, T, A, kTile, false>(p, rows, first, tile, c);
+        load_rows<A, T>(p, rows, first, kTile, tile, c, deviations);
         sync_threads();
         dot_tile(gamma_u, tile, c, h, weights);
         sync_threads();
-        softmax_tile<A, kTile>(
-            p, rows, first, h, running,
+        softmax_tile<A>(
+            p, rows, first, kTile, h, running,
             [&](int row, int j) { return load_shared(weights + j * kTile + row); },
             [&](int j, int row, A value) { store_shared(weights + j * kTile + row, value); });
         sync_threads();
         sum_tile(weights, tile, running.factor, c, h, sums);
         sync_threads();
     }
-    for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
+    for (int at = static_cast<int>(thread_idx().x); at < h * c; at += kThreads) {
         store_context(p, rows, at / c, at % c, load_shared(sums + at),
                       load_shared(running.total + at / c));
     }
@@ -553,38 +701,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
 
 // --- Attention on matrix units ----------------------------------------------------------------
 
-constexpr int kMmaTile = 32;  // rows
-constexpr int kMmaRowTiles = kMmaTile / 16;
-constexpr int kMmaParts = kWarps / kMmaRowTiles;  // warps that share the channels of a row tile
-constexpr int kMmaPad = 8;  // elements, so that eight rows lie in different banks
-
-struct MmaLayout {
-    int64_t stride;  // of rows, of tile and of u
-    int64_t heads;   // padded
-    int64_t sums;    // byte offsets from here on
-    int64_t scores;
-    int64_t running;
-    int64_t scales;
-    int64_t tile;
-    int64_t u;
-    int64_t weights;
-    int64_t bytes;
-};
-
-PVF_HOST_DEVICE MmaLayout mma_layout(int64_t channels, int64_t heads) {
-    MmaLayout layout;
-    layout.stride = channels + kMmaPad;
-    layout.heads = padded_heads(heads);
-    layout.sums = 0;
-    layout.scores = layout.sums + channels * layout.heads * 4;
-    layout.running = layout.scores + kMmaParts * kMmaTile * layout.heads * 4;
-    layout.scales = layout.running + 3 * layout.heads * 4;
-    layout.tile = layout.scales + layout.heads * 4;
-    layout.u = layout.tile + kMmaTile * layout.stride * 2;
-    layout.weights = layout.u + 2 * layout.heads * layout.stride * 2;
-    layout.bytes = layout.weights + 2 * layout.heads * (kMmaTile + kMmaPad) * 2;
-    return layout;
-}
+constexpr int kMmaTile = 32;    // rows
+constexpr int kMmaPad = 8;      // elements, so that eight rows lie in different banks
+constexpr int kPartialPad = 4;  // floats, so that four pairs of heads do
 
 // A value as the sum of two 16-bit ones: together they hold twice the bits.
 template <typename T>
@@ -594,187 +713,298 @@ PVF_DEVICE void store_halves(T* high, T* low, float value) {
     store_shared(low, from_float<T>(value - to_float(upper)));
 }
 
-// The greatest power of two not above the greatest |u| of a head, inverted: float16 has few small
-// numbers, so u is brought near one before it is split.
+PVF_DEVICE float magnitude(float x) { return x < 0.0f ? -x : x; }
+
+// The greatest power of two not above the greatest magnitude, inverted: float16 has few small
+// numbers, so values are brought near one before they are split.
 PVF_DEVICE float inverse_scale(float greatest) {
     const bool usable = greatest > 1e-30f && greatest < 1e30f;
     return usable ? bits_float((254u << 23) - (float_bits(greatest) & 0x7f800000u)) : 1.0f;
 }
 
+// Vectors of C channels as high and low halves, `stride` apart, and zeros after them that stand in
+// for heads that only pad.
 template <typename T>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
+struct SplitVectors {
+    T* high;
+    T* low;
+    int count;
+    int stride;
+
+    static constexpr int kShift = 64;  // elements, one for each bank
+
+    PVF_HOST_DEVICE static int64_t half(int64_t count, int64_t stride) {
+        return (count + 1) * stride + kShift;
+    }
+    PVF_HOST_DEVICE static int64_t bytes(int64_t count, int64_t stride) {
+        return 2 * half(count, stride) * static_cast<int64_t>(sizeof(T));
+    }
+    PVF_DEVICE static SplitVectors at(unsigned char* shared, int count, int stride) {
+        T* const high = reinterpret_cast<T*>(shared);
+        return {high, high + half(count, stride), count, stride};
+    }
+
+    // Where a vector lies, or zeros in the banks that it would have.
+    PVF_DEVICE int offset(int which, bool exists) const {
+        return exists ? which * stride : count * stride + ((which - count) & 7) * 8;
+    }
+
+    PVF_DEVICE void put_zeros() const {
+        for (int i = static_cast<int>(thread_idx().x); i < stride + kShift; i += kThreads) {
+            store_shared(high + count * stride + i, from_float<T>(0.0f));
+            store_shared(low + count * stride + i, from_float<T>(0.0f));
+        }
+    }
+
+    // Called by a warp. Returns the power of two that brings the stored values back.
+    template <typename F>
+    PVF_DEVICE float put(int which, int channels, const F& value) const {
+        float greatest = 0.0f;
+        for (int i = static_cast<int>(lane_id()); i < channels; i += 32) {
+            greatest = Max{}(greatest, magnitude(value(i)));
+        }
+        const float scale = inverse_scale(warp_max(greatest));
+        for (int i = static_cast<int>(lane_id()); i < channels; i += 32) {
+            store_halves(high + which * stride + i, low + which * stride + i, value(i) * scale);
+        }
+        return 1.0f / scale;
+    }
+};
+
+// Dot products of rows and the first `heads` vectors: rows on the 16 side, vectors on the 8 side,
+// channels shared out over the warps of a row tile. The parts lie in [parts][padded heads][rows +
+// kPartialPad]; the return value says how many there are.
+template <typename T>
+PVF_DEVICE int dot_tile_mma(const SplitVectors<T>& vectors, const T* tile, int tile_rows,
+                            int channels, int heads, float* partial) {
+    const int lane = static_cast<int>(lane_id());
+    const int row_tiles = tile_rows / 16;
+    const int parts = kWarps / row_tiles;
+    const int row0 = static_cast<int>(warp_id()) % row_tiles * 16;
+    const int share = static_cast<int>(warp_id()) / row_tiles;
+    const int stride = vectors.stride;
+    const T* rows = tile + (row0 + lane % 16) * stride + lane / 16 * 8;
+    for (int group = 0; group < heads; group += kHeadGroup) {
+        const int head = group + lane % 8;
+        const T* half = (lane < 16 ? vectors.high : vectors.low) +
+                        vectors.offset(head, head < heads) + lane / 8 % 2 * 8;
+        float d[4] = {};
+        for (int k = share * 16; k < channels; k += parts * 16) {
+            std::uint32_t a[4];
+            std::uint32_t b[4];
+            ldmatrix_x4(a, rows + k);
+            ldmatrix_x4(b, half + k);
+            const std::uint32_t high[2] = {b[0], b[1]};
+            const std::uint32_t low[2] = {b[2], b[3]};
+            mma_m16n8k16<T>(d, a, high);
+            mma_m16n8k16<T>(d, a, low);
+        }
+        PVF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int row = row0 + lane / 4 + i / 2 * 8;
+            const int column = share * padded_heads(heads) + group + lane % 4 * 2 + i % 2;
+            store_shared(partial + column * (tile_rows + kPartialPad) + row, d[i]);
+        }
+    }
+    return parts;
+}
+
+// The sum of what dot_tile_mma left of one row and vector.
+PVF_DEVICE float sum_of_parts(const float* partial, int parts, int tile_rows, int padded, int j,
+                              int row) {
+    float total = 0.0f;
+    for (int share = 0; share < parts; ++share) {
+        total += load_shared(partial + (share * padded + j) * (tile_rows + kPartialPad) + row);
+    }
+    return total;
+}
+
+PVF_HOST_DEVICE int64_t partial_floats(int64_t padded, int64_t tile_rows) {
+    return kWarps * 16 / tile_rows * padded * (tile_rows + kPartialPad);
+}
+
+// Four sums a lane for each 16 channels and 8 heads, which stay with one warp.
+PVF_DEVICE float* own_sums(float* sums, int block, int group, int padded) {
+    return sums + ((block * (padded / kHeadGroup) + group / kHeadGroup) * 32 +
+                   static_cast<int>(lane_id())) *
+                      4;
+}
+
+// sums = before * sums + after * (weights of the rows times the rows), by head: channels on the 16
+// side, heads on the 8 side. Null is one. Weights lie in [padded heads][rows + kMmaPad], halves
+// after one another.
+template <typename T>
+PVF_DEVICE void sum_tile_mma(const T* weights, const T* tile, int tile_rows, int stride,
+                             int channels, int padded, const float* before, const float* after,
+                             float* sums) {
+    const int lane = static_cast<int>(lane_id());
+    const int weights_stride = tile_rows + kMmaPad;
+    const T* half = weights + (lane < 16 ? 0 : padded * weights_stride) +
+                    lane % 8 * weights_stride + lane / 8 % 2 * 8;
+    const T* rows = tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
+    for (int block = static_cast<int>(warp_id()); block < channels / 16; block += kWarps) {
+        for (int group = 0; group < padded; group += kHeadGroup) {
+            float d[4] = {};
+            for (int k = 0; k < tile_rows; k += 16) {
+                std::uint32_t a[4];
+                std::uint32_t b[4];
+                ldmatrix_x4_trans(a, rows + k * stride + block * 16);
+                ldmatrix_x4(b, half + group * weights_stride + k);
+                const std::uint32_t high[2] = {b[0], b[1]};
+                const std::uint32_t low[2] = {b[2], b[3]};
+                mma_m16n8k16<T>(d, a, high);
+                mma_m16n8k16<T>(d, a, low);
+            }
+            float* const own = own_sums(sums, block, group, padded);
+            auto kept = load_shared_vec<4>(own);
+            PVF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int head = group + lane % 4 * 2 + i % 2;
+                kept[i] *= before == nullptr ? 1.0f : load_shared(before + head);
+                kept[i] += d[i] * (after == nullptr ? 1.0f : load_shared(after + head));
+            }
+            store_shared_vec(own, kept);
+        }
+    }
+}
+
+// f(head, channel, sum) for all sums of heads that exist.
+template <typename F>
+PVF_DEVICE void each_sum_mma(float* sums, int channels, int heads, const F& f) {
+    const int lane = static_cast<int>(lane_id());
+    for (int block = static_cast<int>(warp_id()); block < channels / 16; block += kWarps) {
+        for (int group = 0; group < heads; group += kHeadGroup) {
+            const auto kept = load_shared_vec<4>(own_sums(sums, block, group, padded_heads(heads)));
+            PVF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int head = group + lane % 4 * 2 + i % 2;
+                if (head < heads) {
+                    f(head, block * 16 + lane / 4 + i / 2 * 8, kept[i]);
+                }
+            }
+        }
+    }
+}
+
+// Offsets in bytes.
+struct MmaLayout {
+    int stride;  // of rows and vectors, in elements
+    int padded;  // heads
+    int64_t partial;
+    int64_t tile;
+    int64_t vectors;
+    int64_t weights;
+    int64_t small;  // floats
+    int64_t bytes;
+};
+
+PVF_HOST_DEVICE MmaLayout mma_layout(int64_t channels, int64_t heads) {
+    MmaLayout layout;
+    layout.stride = static_cast<int>(channels + kMmaPad);
+    layout.padded = padded_heads(heads);
+    layout.partial = channels * layout.padded * 4;
+    layout.tile = layout.partial + partial_floats(layout.padded, kMmaTile) * 4;
+    layout.vectors = layout.tile + kMmaTile * layout.stride * 2;
+    layout.weights = layout.vectors + SplitVectors<Half>::bytes(heads, layout.stride);
+    layout.small = layout.weights + 2 * layout.padded * (kMmaTile + kMmaPad) * 2;
+    layout.bytes = layout.small + (4 * layout.padded + kMmaTile) * 4;
+    return layout;
+}
+
+template <typename T>
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     cross_attention_attend_mma_kernel(const __grid_constant__ CrossAttentionParams p) {
     PVF_DYNAMIC_SHARED(unsigned char, shared);
     const int c = static_cast<int>(p.channels);
-    const MmaLayout layout = mma_layout(c, p.heads);
-    const int stride = static_cast<int>(layout.stride);
-    const int heads = static_cast<int>(layout.heads);
-    const int lane = static_cast<int>(lane_id());
-    const int warp = static_cast<int>(warp_id());
+    const int h = static_cast<int>(p.heads);
+    const MmaLayout layout = mma_layout(c, h);
+    const int padded = layout.padded;
     const SplitRows rows = rows_of_block(p);
-    float* const sums = reinterpret_cast<float*>(shared + layout.sums);
-    float* const scores = reinterpret_cast<float*>(shared + layout.scores);
-    float* const states = reinterpret_cast<float*>(shared + layout.running);
-    float* const scales = reinterpret_cast<float*>(shared + layout.scales);
+    float* const sums = reinterpret_cast<float*>(shared);
+    float* const partial = reinterpret_cast<float*>(shared + layout.partial);
     T* const tile = reinterpret_cast<T*>(shared + layout.tile);
-    T* const u_high = reinterpret_cast<T*>(shared + layout.u);
-    T* const u_low = u_high + heads * stride;
-    T* const weights_high = reinterpret_cast<T*>(shared + layout.weights);
+    const auto u = SplitVectors<T>::at(shared + layout.vectors, h, layout.stride);
+    T* const weights = reinterpret_cast<T*>(shared + layout.weights);
     constexpr int kWeightsStride = kMmaTile + kMmaPad;
-    T* const weights_low = weights_high + heads * kWeightsStride;
-    const Running<float> running{states, states + heads, states + 2 * heads};
+    float* const scales = reinterpret_cast<float*>(shared + layout.small);
+    const Running<float> running{scales + padded, scales + 2 * padded, scales + 3 * padded};
+    float* const deviations = scales + 4 * padded;
 
     // u passes through the room of the sums, which are not needed yet.
-    stage_vectors(p, part<float>(p.u, rows.image * p.heads * c), static_cast<int>(p.heads), sums);
+    stage_vectors(p, part<float>(p.u, rows.image * h * c), h, sums);
     sync_threads();
-    for (int j = warp; j < heads; j += kWarps) {
-        const float* gamma_u = sums + j * c;
-        const int count = j < p.heads ? c : 0;
-        float greatest = 0.0f;
-        for (int i = lane; i < count; i += 32) {
-            const float value = load_shared(gamma_u + i);
-            const float size = value < 0.0f ? -value : value;
-            greatest = size > greatest ? size : greatest;
-        }
-        const float scale = inverse_scale(warp_max(greatest));
-        for (int i = lane; i < c; i += 32) {
-            const float value = i < count ? load_shared(gamma_u + i) * scale : 0.0f;
-            store_halves(u_high + j * stride + i, u_low + j * stride + i, value);
-        }
-        if (lane == 0) {
-            store_shared(scales + j, 1.0f / scale);
+    for (int j = static_cast<int>(warp_id()); j < h; j += kWarps) {
+        const float scale = u.put(j, c, [&](int i) { return load_shared(sums + j * c + i); });
+        if (lane_id() == 0) {
+            store_shared(scales + j, scale);
         }
     }
+    u.put_zeros();
     sync_threads();
-    for (int at = static_cast<int>(thread_idx().x); at < c * heads; at += kThreads) {
+    for (int at = static_cast<int>(thread_idx().x); at < c * padded; at += kThreads) {
         store_shared(sums + at, 0.0f);
     }
-    start_running(running, heads);
+    start_running(running, padded);
 
     for (int64_t first = 0; first < rows.count; first += kMmaTile) {
-        load_rows<float, T, T, kMmaTile, false>(p, rows, first, tile, stride);
+        load_rows<float, T>(p, rows, first, kMmaTile, tile, layout.stride, deviations);
         sync_threads();
-        // Scores: rows on the 16 side, heads on the 8 side, channels shared out over the warps of a
-        // row tile; their parts are added in order below.
-        {
-            const int row0 = warp % kMmaRowTiles * 16;
-            const int share = warp / kMmaRowTiles;
-            for (int group = 0; group < heads; group += kHeadGroup) {
-                float d[4] = {};
-                for (int k = share * 16; k < c; k += kMmaParts * 16) {
-                    std::uint32_t a[4];
-                    ldmatrix_x4(a, tile + (row0 + lane % 16) * stride + k + lane / 16 * 8);
-                    std::uint32_t b[4];
-                    const T* half = lane < 16 ? u_high : u_low;
-                    ldmatrix_x4(b, half + (group + lane % 8) * stride + k + lane / 8 % 2 * 8);
-                    const std::uint32_t high[2] = {b[0], b[1]};
-                    const std::uint32_t low[2] = {b[2], b[3]};
-                    mma_m16n8k16<T>(d, a, high);
-                    mma_m16n8k16<T>(d, a, low);
-                }
-                PVF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int row = row0 + lane / 4 + i / 2 * 8;
-                    const int head = group + lane % 4 * 2 + i % 2;
-                    store_shared(scores + (share * heads + head) * kMmaTile + row, d[i]);
-                }
-            }
-        }
+        const int parts = dot_tile_mma(u, tile, kMmaTile, c, h, partial);
         sync_threads();
-        softmax_tile<float, kMmaTile>(
-            p, rows, first, heads, running,
+        softmax_tile<float>(
+            p, rows, first, kMmaTile, padded, running,
             [&](int row, int j) {
-                float total = 0.0f;
-                PVF_UNROLL
-                for (int share = 0; share < kMmaParts; ++share) {
-                    total += load_shared(scores + (share * heads + j) * kMmaTile + row);
-                }
-                return total * load_shared(scales + j);
+                return sum_of_parts(partial, parts, kMmaTile, padded, j, row) *
+                       load_shared(scales + j);
             },
             [&](int j, int row, float value) {
-                const int at = j * kWeightsStride + row;
-                store_halves(weights_high + at, weights_low + at, value);
+                T* const at = weights + j * kWeightsStride + row;
+                store_halves(at, at + padded * kWeightsStride, value);
             });
         sync_threads();
-        // Context: channels on the 16 side, heads on the 8 side, rows summed; a warp's sums stay
-        // with it, four a lane.
-        for (int block = warp; block < c / 16; block += kWarps) {
-            for (int group = 0; group < heads; group += kHeadGroup) {
-                float* own =
-                    sums + ((block * (heads / kHeadGroup) + group / kHeadGroup) * 32 + lane) * 4;
-                auto kept = load_shared_vec<4>(own);
-                float d[4];
-                PVF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    d[i] = kept[i] * load_shared(running.factor + group + lane % 4 * 2 + i % 2);
-                }
-                PVF_UNROLL
-                for (int k = 0; k < kMmaTile; k += 16) {
-                    std::uint32_t a[4];
-                    const int row = k + lane / 16 * 8 + lane % 8;
-                    ldmatrix_x4_trans(a, tile + row * stride + block * 16 + lane / 8 % 2 * 8);
-                    std::uint32_t b[4];
-                    const T* half = lane < 16 ? weights_high : weights_low;
-                    ldmatrix_x4(b,
-                                half + (group + lane % 8) * kWeightsStride + k + lane / 8 % 2 * 8);
-                    const std::uint32_t high[2] = {b[0], b[1]};
-                    const std::uint32_t low[2] = {b[2], b[3]};
-                    mma_m16n8k16<T>(d, a, high);
-                    mma_m16n8k16<T>(d, a, low);
-                }
-                PVF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    kept[i] = d[i];
-                }
-                store_shared_vec(own, kept);
-            }
-        }
+        sum_tile_mma(weights, tile, kMmaTile, layout.stride, c, padded, running.factor,
+                     static_cast<const float*>(nullptr), sums);
         sync_threads();
     }
-    for (int block = warp; block < c / 16; block += kWarps) {
-        for (int group = 0; group < heads; group += kHeadGroup) {
-            const auto kept = load_shared_vec<4>(
-                sums + ((block * (heads / kHeadGroup) + group / kHeadGroup) * 32 + lane) * 4);
-            PVF_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int channel = block * 16 + lane / 4 + i / 2 * 8;
-                const int head = group + lane % 4 * 2 + i % 2;
-                if (head < p.heads) {
-                    store_context(p, rows, head, channel, kept[i],
-                                  load_shared(running.total + head));
-                }
-            }
-        }
-    }
+    each_sum_mma(sums, c, h, [&](int head, int channel, float sum) {
+        store_context(p, rows, head, channel, sum, load_shared(running.total + head));
+    });
     store_running(p, rows, running);
 }
 
 // --- Backward ---------------------------------------------------------------------------------
 
+template <typename T>
+PVF_DEVICE T* slope_of_token(const CrossAttentionParams& p, const SplitRows& rows, int64_t row) {
+    return static_cast<T*>(const_cast<void*>(p.d_token.data)) + rows.image * p.d_token.batch +
+           (rows.first_token + row - rows.queries) * p.d_token.row;
+}
+
 template <typename A, typename T>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, sizeof(A) == 8 ? 1 : 2)
     cross_attention_attend_backward_kernel(const __grid_constant__ CrossAttentionParams p) {
     PVF_DYNAMIC_SHARED(A, shared);
-    const int64_t c = p.channels;
+    const int c = static_cast<int>(p.channels);
     const int h = static_cast<int>(p.heads);
     const SplitRows rows = rows_of_block(p);
-    A* const tile = shared;
+    A* const weights = shared;  // attention, then slopes of the scores, [2 H, rows]
+    A* const tile = weights + 2 * h * kTile;
     A* const vectors = tile + kTile * c;  // slopes of the contexts, then u; both times gamma
     A* const sums = vectors + 2 * h * c;
-    A* const weights = sums + h * c;           // attention, then slopes of the scores, [2 H, rows]
-    A* const means = weights + 2 * h * kTile;  // of the vectors' rows
+    A* const row_means = sums + h * c;  // of each row's slope, then of slope * hat
+    A* const deviations = row_means + 2 * kTile;
+    A* const means = deviations + kTile;  // of the vectors
     A* const deltas = means + 2 * h;
-    A* const row_means = deltas + h;  // of each row's slope, then of slope * hat
     stage_vectors(p, part<A>(p.d_context, rows.image * h * c), h, vectors);
     stage_vectors(p, part<A>(p.u, rows.image * h * c), h, vectors + h * c);
-    for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
+    for (int at = static_cast<int>(thread_idx().x); at < h * c; at += kThreads) {
         store_shared(sums + at, A(0));
     }
     sync_threads();
     for (int j = static_cast<int>(warp_id()); j < 2 * h; j += kWarps) {
         A total = A(0);
         A product = A(0);
-        for (int64_t i = lane_id(); i < c; i += 32) {
+        for (int i = static_cast<int>(lane_id()); i < c; i += 32) {
             const A value = load_shared(vectors + j * c + i);
             total += value;
             if (j < h) {
@@ -792,7 +1022,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
         }
     }
     for (int64_t first = 0; first < rows.count; first += kTile) {
-        load_rows<A, T, A, kTile, true>(p, rows, first, tile, c);
+        load_rows<A, T, false>(p, rows, first, kTile, tile, c, deviations);
         sync_threads();
         A* const slopes = weights + h * kTile;
         dot_tile(vectors, tile, c, h, slopes);
@@ -825,46 +1055,313 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 1)
             store_shared(row_means + kTile + row, product / static_cast<A>(c));
         }
         sync_threads();
-        for (int64_t i = thread_idx().x; i < c; i += kThreads) {
-            A own[kTile] = {};
-            for (int j = 0; j < 2 * h; ++j) {
-                const A value = load_shared(vectors + j * c + i);
-                PVF_UNROLL
-                for (int r = 0; r < kTile; ++r) {
-                    own[r] = fma(load_shared(weights + j * kTile + r), value, own[r]);
-                }
-            }
-            PVF_UNROLL
-            for (int r = 0; r < kTile; ++r) {
-                const int64_t at = first + r;
-                if (at < rows.queries) {
-                    store(part<A>(p.d_query_hat, rows.image * c + i), own[r]);
-                } else if (at < rows.count) {
-                    const int64_t token = rows.first_token + at - rows.queries;
-                    A slope = own[r];
-                    if (p.norm) {
-                        slope = cross_attention::norm_slope(
-                            slope, load_shared(tile + r * c + i),
-                            load(part<A>(p.rstd, rows.image * (1 + p.tokens) + 1 + token)),
-                            load_shared(row_means + r), load_shared(row_means + kTile + r));
+        for (int i = static_cast<int>(thread_idx().x); i < c; i += kThreads) {
+            constexpr int kRows = 8;  // at a time, for the sake of registers
+            PVF_NO_UNROLL
+            for (int row0 = 0; row0 < kTile; row0 += kRows) {
+                A own[kRows] = {};
+                PVF_NO_UNROLL
+                for (int j = 0; j < 2 * h; ++j) {
+                    const A value = load_shared(vectors + j * c + i);
+                    const auto weight = load_shared_vec<kRows>(weights + j * kTile + row0);
+                    PVF_UNROLL
+                    for (int r = 0; r < kRows; ++r) {
+                        own[r] = fma(weight[r], value, own[r]);
                     }
-                    T* to = static_cast<T*>(const_cast<void*>(p.d_token.data)) +
-                            rows.image * p.d_token.batch + token * p.d_token.row + i;
-                    store(to, from_float<T>(static_cast<Accumulate<T>>(slope)));
+                }
+                PVF_UNROLL
+                for (int r = 0; r < kRows; ++r) {
+                    const int64_t at = first + row0 + r;
+                    if (at < rows.queries) {
+                        store(part<A>(p.d_query_hat, rows.image * c + i), own[r]);
+                    } else if (at < rows.count) {
+                        A slope = own[r];
+                        if (p.norm) {
+                            const A* mean = row_means + row0 + r;
+                            slope = cross_attention::norm_slope(
+                                slope, load_shared(tile + (row0 + r) * c + i),
+                                load_shared(deviations + row0 + r), load_shared(mean),
+                                load_shared(mean + kTile));
+                        }
+                        store(slope_of_token<T>(p, rows, at) + i,
+                              from_float<T>(static_cast<Accumulate<T>>(slope)));
+                    }
                 }
             }
         }
         sum_tile(slopes, tile, static_cast<const A*>(nullptr), c, h, sums);
         sync_threads();
     }
-    for (int64_t at = thread_idx().x; at < h * c; at += kThreads) {
+    for (int at = static_cast<int>(thread_idx().x); at < h * c; at += kThreads) {
         store(part<A>(p.partial, (rows.image * p.splits + rows.split) * h * c + at),
               load_shared(sums + at));
     }
 }
 
 PVF_HOST_DEVICE int64_t backward_shared(int64_t channels, int64_t heads) {
-    return (kTile + 3 * heads) * channels + heads * (2 * kTile + 3) + 2 * kTile;
+    return (kTile + 3 * heads) * channels + heads * (2 * kTile + 3) + 3 * kTile;
+}
+
+// --- Backward on matrix units -----------------------------------------------------------------
+
+// Offsets in bytes.
+struct MmaBackwardLayout {
+    int tile_rows;
+    int stride;          // of rows and vectors, in elements
+    int padded;          // heads
+    int weights_stride;  // of rows of weights, in elements
+    int64_t partial;
+    int64_t tile;
+    int64_t vectors;
+    int64_t slopes;   // of the scores, by head
+    int64_t weights;  // by row: attention, then slopes of the scores
+    int64_t states;   // floats by head and row
+    int64_t small;    // floats
+    int64_t bytes;
+};
+
+PVF_HOST_DEVICE MmaBackwardLayout mma_backward_layout(int64_t channels, int64_t heads,
+                                                      int tile_rows) {
+    MmaBackwardLayout layout;
+    layout.tile_rows = tile_rows;
+    layout.stride = static_cast<int>(channels + kMmaPad);
+    layout.padded = padded_heads(heads);
+    layout.weights_stride = 2 * layout.padded + kMmaPad;
+    layout.partial = channels * layout.padded * 4;
+    layout.tile = layout.partial + partial_floats(layout.padded, tile_rows) * 4;
+    layout.vectors = layout.tile + tile_rows * layout.stride * 2;
+    layout.slopes = layout.vectors + SplitVectors<Half>::bytes(2 * heads, layout.stride);
+    layout.weights = layout.slopes + 2 * layout.padded * (tile_rows + kMmaPad) * 2;
+    layout.states = layout.weights + 2 * tile_rows * layout.weights_stride * 2;
+    layout.small = layout.states + 3 * layout.padded * (tile_rows + kPartialPad) * 4;
+    layout.bytes = layout.small + (6 * layout.padded + 4 * tile_rows) * 4;
+    return layout;
+}
+
+// The larger tile that leaves room for two blocks a multiprocessor, or fits at all.
+PVF_HOST_DEVICE MmaBackwardLayout mma_backward_layout(int64_t channels, int64_t heads) {
+    const MmaBackwardLayout large = mma_backward_layout(channels, heads, 32);
+    return large.bytes <= kCrossAttentionMostShared / 2 ? large
+                                                        : mma_backward_layout(channels, heads, 16);
+}
+
+template <typename T>
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
+    cross_attention_attend_backward_mma_kernel(const __grid_constant__ CrossAttentionParams p) {
+    PVF_DYNAMIC_SHARED(unsigned char, shared);
+    const int c = static_cast<int>(p.channels);
+    const int h = static_cast<int>(p.heads);
+    const int lane = static_cast<int>(lane_id());
+    const int warp = static_cast<int>(warp_id());
+    const MmaBackwardLayout layout = mma_backward_layout(c, h);
+    const int tile_rows = layout.tile_rows;
+    const int stride = layout.stride;
+    const int padded = layout.padded;
+    const int slopes_stride = tile_rows + kMmaPad;
+    const int weights_stride = layout.weights_stride;
+    const int states_stride = tile_rows + kPartialPad;
+    const SplitRows rows = rows_of_block(p);
+    float* const sums = reinterpret_cast<float*>(shared);
+    float* const partial = reinterpret_cast<float*>(shared + layout.partial);
+    T* const tile = reinterpret_cast<T*>(shared + layout.tile);
+    // Slopes of the contexts, then u; both times gamma.
+    const auto vectors = SplitVectors<T>::at(shared + layout.vectors, 2 * h, stride);
+    T* const slopes = reinterpret_cast<T*>(shared + layout.slopes);
+    T* const weights = reinterpret_cast<T*>(shared + layout.weights);
+    T* const weights_low = weights + tile_rows * weights_stride;
+    float* const attentions = reinterpret_cast<float*>(shared + layout.states);
+    float* const score_slopes = attentions + padded * states_stride;
+    float* const products = score_slopes + padded * states_stride;          // parts of slope . hat
+    float* const scales = reinterpret_cast<float*>(shared + layout.small);  // of the vectors
+    float* const means = scales + 2 * padded;                               // of the vectors
+    float* const deltas = means + 2 * padded;
+    float* const slope_scales = deltas + padded;
+    float* const deviations = slope_scales + padded;
+    float* const row_scales = deviations + tile_rows;
+    float* const row_means = row_scales + tile_rows;  // of each row's slope, then of slope * hat
+
+    // The vectors pass through the room of the sums, which are not needed yet.
+    PVF_NO_UNROLL
+    for (int begin = 0; begin < 2 * h; begin += h) {
+        const void* source = begin == 0 ? p.d_context : p.u;
+        stage_vectors(p, static_cast<const float*>(source) + rows.image * h * c, h, sums);
+        sync_threads();
+        for (int j = warp; j < h; j += kWarps) {
+            const float* const vector = sums + j * c;
+            const float scale =
+                vectors.put(begin + j, c, [&](int i) { return load_shared(vector + i); });
+            float total = 0.0f;
+            float delta = 0.0f;
+            for (int i = lane; i < c; i += 32) {
+                const float value = load_shared(vector + i);
+                total += value;
+                if (begin == 0) {
+                    delta =
+                        fma(value, load(part<float>(p.context_hat, (rows.image * h + j) * c + i)),
+                            delta);
+                }
+            }
+            total = warp_sum(total);
+            delta = warp_sum(delta);
+            if (lane == 0) {
+                store_shared(scales + begin + j, scale);
+                store_shared(means + begin + j, total / static_cast<float>(c));
+                if (begin == 0) {
+                    store_shared(deltas + j, delta);
+                }
+            }
+        }
+        sync_threads();
+    }
+    vectors.put_zeros();
+    for (int at = static_cast<int>(thread_idx().x); at < c * padded; at += kThreads) {
+        store_shared(sums + at, 0.0f);
+    }
+
+    for (int64_t first = 0; first < rows.count; first += tile_rows) {
+        load_rows<float, T>(p, rows, first, tile_rows, tile, stride, deviations);
+        sync_threads();
+        const int parts = dot_tile_mma(vectors, tile, tile_rows, c, h, partial);
+        sync_threads();
+        // One warp a head, one lane a row: attention and the slope of the score.
+        for (int j = warp; j < padded; j += kWarps) {
+            const bool there = lane < tile_rows && first + lane < rows.count && j < h;
+            float attention = 0.0f;
+            float slope = 0.0f;
+            float product = 0.0f;
+            if (there) {
+                const int64_t head = rows.image * h + j;
+                const int64_t token = 1 + rows.first_token + first + lane - rows.queries;
+                const float score = load(part<float>(p.scores, head * (1 + p.tokens) + token));
+                const float dot = sum_of_parts(partial, parts, tile_rows, padded, j, lane) *
+                                  load_shared(scales + j);
+                attention = exponential(score - load(part<float>(p.peak, head))) /
+                            load(part<float>(p.total, head));
+                slope = attention * (dot - load_shared(deltas + j));
+                product = attention * dot + slope * score;
+            }
+            const float scale = inverse_scale(warp_max(magnitude(slope)));
+            if (lane < tile_rows) {
+                T* const at = slopes + j * slopes_stride + lane;
+                store_halves(at, at + padded * slopes_stride, slope * scale);
+                store_shared(attentions + j * states_stride + lane, attention);
+                store_shared(score_slopes + j * states_stride + lane, slope);
+                store_shared(products + j * states_stride + lane, product);
+            }
+            if (lane == 0) {
+                store_shared(slope_scales + j, 1.0f / scale);
+            }
+        }
+        sync_threads();
+        // Eight lanes a row: the means that LayerNorm's gradient needs, without another pass over
+        // the channels, and the weights of the vectors in this row's slope.
+        const int row = static_cast<int>(thread_idx().x) / 8;
+        if (row < tile_rows) {
+            float mean = 0.0f;
+            float product = 0.0f;
+            float greatest = 0.0f;
+            for (int j = lane % 8; j < h; j += 8) {
+                const float attention = load_shared(attentions + j * states_stride + row);
+                const float slope = load_shared(score_slopes + j * states_stride + row);
+                mean += attention * load_shared(means + j) + slope * load_shared(means + h + j);
+                product += load_shared(products + j * states_stride + row);
+                greatest = Max{}(greatest, magnitude(attention * load_shared(scales + j)));
+                greatest = Max{}(greatest, magnitude(slope * load_shared(scales + h + j)));
+            }
+            PVF_UNROLL
+            for (int step = 4; step > 0; step /= 2) {
+                mean += shuffle_xor(mean, step);
+                product += shuffle_xor(product, step);
+                greatest = Max{}(greatest, shuffle_xor(greatest, step));
+            }
+            const float scale = inverse_scale(greatest);
+            for (int j = lane % 8; j < padded; j += 8) {
+                const float attention = j < h ? load_shared(attentions + j * states_stride + row) *
+                                                    load_shared(scales + j)
+                                              : 0.0f;
+                const float slope = j < h ? load_shared(score_slopes + j * states_stride + row) *
+                                                load_shared(scales + h + j)
+                                          : 0.0f;
+                const int at = row * weights_stride + j;
+                store_halves(weights + at, weights_low + at, attention * scale);
+                store_halves(weights + at + padded, weights_low + at + padded, slope * scale);
+            }
+            if (lane % 8 == 0) {
+                store_shared(row_scales + row, 1.0f / scale);
+                store_shared(row_means + row, mean);
+                store_shared(row_means + tile_rows + row, product / static_cast<float>(c));
+            }
+        }
+        sum_tile_mma(slopes, tile, tile_rows, stride, c, padded, static_cast<const float*>(nullptr),
+                     slope_scales, sums);
+        sync_threads();
+        // Slopes of the rows, in place of the hats: rows on the 16 side, channels on the 8 side,
+        // the vectors summed. The product of both low halves is below the rounding of the rest.
+        {
+            const int row_tiles = tile_rows / 16;
+            const int row0 = warp % row_tiles * 16;
+            const T* own_weights = weights + (row0 + lane % 16) * weights_stride + lane / 16 * 8;
+            for (int block = warp / row_tiles; block < c / 8; block += kWarps / row_tiles) {
+                float d[4] = {};
+                for (int k = 0; k < 2 * padded; k += 16) {
+                    const int which = k + lane % 16;
+                    const int j = which < padded ? which : which - padded;
+                    const int vector = which < padded ? j : h + j;
+                    const T* half = lane < 16 ? vectors.high : vectors.low;
+                    std::uint32_t a[4];
+                    std::uint32_t a_low[4];
+                    std::uint32_t b[4];
+                    ldmatrix_x4(a, own_weights + k);
+                    ldmatrix_x4(a_low, own_weights + (weights_low - weights) + k);
+                    ldmatrix_x4_trans(b, half + vectors.offset(vector, j < h) + block * 8);
+                    const std::uint32_t high[2] = {b[0], b[1]};
+                    const std::uint32_t low[2] = {b[2], b[3]};
+                    mma_m16n8k16<T>(d, a, high);
+                    mma_m16n8k16<T>(d, a, low);
+                    mma_m16n8k16<T>(d, a_low, high);
+                }
+                PVF_UNROLL
+                for (int i = 0; i < 4; i += 2) {
+                    const int local = row0 + lane / 4 + i / 2 * 8;
+                    const int channel = block * 8 + lane % 4 * 2;
+                    T* const at = tile + local * stride + channel;
+                    const auto hats = load_shared_vec<2>(at);
+                    const float scale = load_shared(row_scales + local);
+                    const bool query = first + local < rows.queries;
+                    Vec<T, 2> out;
+                    PVF_UNROLL
+                    for (int k = 0; k < 2; ++k) {
+                        float slope = d[i + k] * scale;
+                        if (query) {
+                            store(part<float>(p.d_query_hat, rows.image * c + channel + k), slope);
+                        } else if (p.norm && first + local < rows.count) {
+                            slope = cross_attention::norm_slope(
+                                slope, to_float(hats[k]), load_shared(deviations + local),
+                                load_shared(row_means + local),
+                                load_shared(row_means + tile_rows + local));
+                        }
+                        out[k] = from_float<T>(slope);
+                    }
+                    store_shared_vec(at, out);
+                }
+            }
+        }
+        sync_threads();
+        // Each warp stores the rows that it will load next, so that no barrier is needed between.
+        for (int local = warp; local < tile_rows; local += kWarps) {
+            if (first + local >= rows.queries && first + local < rows.count) {
+                T* const to = slope_of_token<T>(p, rows, first + local);
+                for (int i = lane * kVector<T>; i < c; i += 32 * kVector<T>) {
+                    store_vec(to + i, load_shared_vec<kVector<T>>(tile + local * stride + i));
+                }
+            }
+        }
+        sync_warp();
+    }
+    each_sum_mma(sums, c, h, [&](int head, int channel, float sum) {
+        const int64_t at = (rows.image * p.splits + rows.split) * h + head;
+        store(part<float>(p.partial, at * c + channel), sum);
+    });
 }
 
 // --- The splits of an image -------------------------------------------------------------------
@@ -993,13 +1490,19 @@ LaunchStatus launch_attend_backward(const CrossAttentionParams& p, bool wide, vo
         return launch_shared(cross_attention_attend_backward_kernel<double, double>, blocks,
                              8 * values, p, stream);
     }
+    const MmaBackwardLayout layout = mma_backward_layout(p.channels, p.heads);
+    const bool units = p.channels % 16 == 0 && layout.bytes <= kCrossAttentionMostShared;
     switch (p.token.type) {
         case FloatType::kBFloat16:
-            return launch_shared(cross_attention_attend_backward_kernel<float, BFloat16>, blocks,
-                                 4 * values, p, stream);
+            return units ? launch_shared(cross_attention_attend_backward_mma_kernel<BFloat16>,
+                                         blocks, layout.bytes, p, stream)
+                         : launch_shared(cross_attention_attend_backward_kernel<float, BFloat16>,
+                                         blocks, 4 * values, p, stream);
         case FloatType::kFloat16:
-            return launch_shared(cross_attention_attend_backward_kernel<float, Half>, blocks,
-                                 4 * values, p, stream);
+            return units ? launch_shared(cross_attention_attend_backward_mma_kernel<Half>, blocks,
+                                         layout.bytes, p, stream)
+                         : launch_shared(cross_attention_attend_backward_kernel<float, Half>,
+                                         blocks, 4 * values, p, stream);
         default:
             return launch_shared(cross_attention_attend_backward_kernel<float, float>, blocks,
                                  4 * values, p, stream);
