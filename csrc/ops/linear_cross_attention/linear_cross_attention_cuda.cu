@@ -1301,48 +1301,59 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
             const int row_tiles = tile_rows / 16;
             const int row0 = warp % row_tiles * 16;
             const T* own_weights = weights + (row0 + lane % 16) * weights_stride + lane / 16 * 8;
-            for (int block = warp / row_tiles; block < c / 8; block += kWarps / row_tiles) {
-                float d[4] = {};
+            const T* half = lane < 16 ? vectors.high : vectors.low;
+            for (int block = warp / row_tiles; block < c / 16; block += kWarps / row_tiles) {
+                float d[2][4] = {};
                 for (int k = 0; k < 2 * padded; k += 16) {
                     const int which = k + lane % 16;
                     const int j = which < padded ? which : which - padded;
                     const int vector = which < padded ? j : h + j;
-                    const T* half = lane < 16 ? vectors.high : vectors.low;
+                    const T* own_vectors = half + vectors.offset(vector, j < h) + block * 16;
                     std::uint32_t a[4];
                     std::uint32_t a_low[4];
-                    std::uint32_t b[4];
                     ldmatrix_x4(a, own_weights + k);
                     ldmatrix_x4(a_low, own_weights + (weights_low - weights) + k);
-                    ldmatrix_x4_trans(b, half + vectors.offset(vector, j < h) + block * 8);
-                    const std::uint32_t high[2] = {b[0], b[1]};
-                    const std::uint32_t low[2] = {b[2], b[3]};
-                    mma_m16n8k16<T>(d, a, high);
-                    mma_m16n8k16<T>(d, a, low);
-                    mma_m16n8k16<T>(d, a_low, high);
+                    PVF_UNROLL
+                    for (int side = 0; side < 2; ++side) {
+                        std::uint32_t b[4];
+                        ldmatrix_x4_trans(b, own_vectors + side * 8);
+                        const std::uint32_t high[2] = {b[0], b[1]};
+                        const std::uint32_t low[2] = {b[2], b[3]};
+                        mma_m16n8k16<T>(d[side], a, high);
+                        mma_m16n8k16<T>(d[side], a, low);
+                        mma_m16n8k16<T>(d[side], a_low, high);
+                    }
                 }
                 PVF_UNROLL
                 for (int i = 0; i < 4; i += 2) {
                     const int local = row0 + lane / 4 + i / 2 * 8;
-                    const int channel = block * 8 + lane % 4 * 2;
-                    T* const at = tile + local * stride + channel;
-                    const auto hats = load_shared_vec<2>(at);
-                    const float scale = load_shared(row_scales + local);
                     const bool query = first + local < rows.queries;
-                    Vec<T, 2> out;
+                    const bool normal = p.norm && !query && first + local < rows.count;
+                    const float scale = load_shared(row_scales + local);
+                    const float rstd = normal ? load_shared(deviations + local) : 1.0f;
+                    const float mean = normal ? load_shared(row_means + local) : 0.0f;
+                    const float product =
+                        normal ? load_shared(row_means + tile_rows + local) : 0.0f;
                     PVF_UNROLL
-                    for (int k = 0; k < 2; ++k) {
-                        float slope = d[i + k] * scale;
-                        if (query) {
-                            store(part<float>(p.d_query_hat, rows.image * c + channel + k), slope);
-                        } else if (p.norm && first + local < rows.count) {
-                            slope = cross_attention::norm_slope(
-                                slope, to_float(hats[k]), load_shared(deviations + local),
-                                load_shared(row_means + local),
-                                load_shared(row_means + tile_rows + local));
+                    for (int side = 0; side < 2; ++side) {
+                        const int channel = block * 16 + side * 8 + lane % 4 * 2;
+                        T* const at = tile + local * stride + channel;
+                        const auto hats = load_shared_vec<2>(at);
+                        Vec<T, 2> out;
+                        PVF_UNROLL
+                        for (int k = 0; k < 2; ++k) {
+                            float slope = d[side][i + k] * scale;
+                            if (query) {
+                                store(part<float>(p.d_query_hat, rows.image * c + channel + k),
+                                      slope);
+                            }
+                            slope = normal ? cross_attention::norm_slope(slope, to_float(hats[k]),
+                                                                         rstd, mean, product)
+                                           : slope;
+                            out[k] = from_float<T>(slope);
                         }
-                        out[k] = from_float<T>(slope);
+                        store_shared_vec(at, out);
                     }
-                    store_shared_vec(at, out);
                 }
             }
         }
