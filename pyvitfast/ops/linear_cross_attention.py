@@ -33,8 +33,8 @@ def folds(rows: int, channels: int, num_heads: int) -> bool:
 
 def _fits(tokens: Tensor, channels: int, num_heads: int) -> bool:
     """Whether the CUDA kernels can hold one image's vectors in shared memory; the CPU has no such limit."""
-    most = 20_000 if tokens.dtype == torch.float64 else 40_000
-    return tokens.device.type != "cuda" or channels * (16 + 3 * num_heads) <= most
+    most = 20_800 if tokens.dtype == torch.float64 else 41_600
+    return tokens.device.type != "cuda" or channels * (16 + 3 * num_heads) + 36 * num_heads <= most
 
 
 def _autocast(device: str) -> bool:
@@ -157,8 +157,8 @@ def linear_cross_attention(
     Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
     depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
     and values would cost fewer multiply-accumulates (N = 0, or heads one or two channels wide over few
-    tokens) they are computed, in plain torch; on CUDA also where C (16 + 3 H) is above 40,000, or 20,000 in
-    float64.
+    tokens) they are computed, in plain torch; on CUDA also where C (16 + 3 H) + 36 H is above 41,600, or
+    20,800 in float64.
 
     Source:
         CrossViT (Chen et al., ICCV 2021), section 3.3, eq. 5; the order of the products is ours.

@@ -300,7 +300,7 @@ class TestLaunchPlan:
             # The same tiles; each entry read and written.
             ("structured_gather", (3072, 768), (1, 288, 256, 0, 8 * 3072 * 768)),
             # One image of 196 tokens in 4 splits of 64 and less, 6 heads: 16 rows, u, sums, 19 values a head.
-            ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19), 4 * 209 * 384)),
+            ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19 + 16), 4 * 209 * 384)),
             # Squares, then the sum; 39,312 units of DeiT-B.
             ("saliency_commit_", (39312, 1), (2, 154, 256, 0, 12 * 39312)),
             # Past 1024 blocks the threads stride.

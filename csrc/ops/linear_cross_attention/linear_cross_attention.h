@@ -102,7 +102,7 @@ struct CrossAttentionParams {
 constexpr int64_t kCrossAttentionMostShared = 163 * 1024;
 
 PVF_HOST_DEVICE bool cross_attention_fits(int64_t channels, int64_t heads, bool wide) {
-    return channels * (16 + 3 * heads) <= (wide ? 20'000 : 40'000);
+    return channels * (16 + 3 * heads) + 36 * heads <= (wide ? 20'800 : 41'600);
 }
 
 // Tokens a block takes: a block for each multiprocessor of a large GPU. More splits cost more than

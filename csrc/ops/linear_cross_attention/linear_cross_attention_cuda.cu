@@ -731,10 +731,10 @@ struct SplitVectors {
     int count;
     int stride;
 
-    static constexpr int kShift = 64;  // elements, one for each bank
+    static constexpr int kZeros = 80;  // 16, and room to begin at any bank
 
     PVF_HOST_DEVICE static int64_t half(int64_t count, int64_t stride) {
-        return (count + 1) * stride + kShift;
+        return count * stride + kZeros;
     }
     PVF_HOST_DEVICE static int64_t bytes(int64_t count, int64_t stride) {
         return 2 * half(count, stride) * static_cast<int64_t>(sizeof(T));
@@ -744,13 +744,15 @@ struct SplitVectors {
         return {high, high + half(count, stride), count, stride};
     }
 
-    // Where a vector lies, or zeros in the banks that it would have.
-    PVF_DEVICE int offset(int which, bool exists) const {
-        return exists ? which * stride : count * stride + ((which - count) & 7) * 8;
+    // Where 16 channels of a vector lie, or zeros in the banks that they would have.
+    PVF_DEVICE int offset(int which, bool exists, int channel) const {
+        return exists ? which * stride + channel
+                      : count * stride + (((which - count) * 8 + channel) & 63);
     }
 
     PVF_DEVICE void put_zeros() const {
-        for (int i = static_cast<int>(thread_idx().x); i < stride + kShift; i += kThreads) {
+        const int i = static_cast<int>(thread_idx().x);
+        if (i < kZeros) {
             store_shared(high + count * stride + i, from_float<T>(0.0f));
             store_shared(low + count * stride + i, from_float<T>(0.0f));
         }
@@ -786,14 +788,13 @@ PVF_DEVICE int dot_tile_mma(const SplitVectors<T>& vectors, const T* tile, int t
     const T* rows = tile + (row0 + lane % 16) * stride + lane / 16 * 8;
     for (int group = 0; group < heads; group += kHeadGroup) {
         const int head = group + lane % 8;
-        const T* half = (lane < 16 ? vectors.high : vectors.low) +
-                        vectors.offset(head, head < heads) + lane / 8 % 2 * 8;
+        const T* half = (lane < 16 ? vectors.high : vectors.low) + lane / 8 % 2 * 8;
         float d[4] = {};
         for (int k = share * 16; k < channels; k += parts * 16) {
             std::uint32_t a[4];
             std::uint32_t b[4];
             ldmatrix_x4(a, rows + k);
-            ldmatrix_x4(b, half + k);
+            ldmatrix_x4(b, half + vectors.offset(head, head < heads, k));
             const std::uint32_t high[2] = {b[0], b[1]};
             const std::uint32_t low[2] = {b[2], b[3]};
             mma_m16n8k16<T>(d, a, high);
@@ -1110,13 +1111,12 @@ struct MmaBackwardLayout {
     int stride;          // of rows and vectors, in elements
     int padded;          // heads
     int weights_stride;  // of rows of weights, in elements
-    int64_t partial;
+    int64_t partial;     // then weights by row: attention, slopes of the scores
     int64_t tile;
     int64_t vectors;
-    int64_t slopes;   // of the scores, by head
-    int64_t weights;  // by row: attention, then slopes of the scores
-    int64_t states;   // floats by head and row
-    int64_t small;    // floats
+    int64_t slopes;  // of the scores, by head
+    int64_t states;  // floats by head and row
+    int64_t small;   // floats
     int64_t bytes;
 };
 
@@ -1128,11 +1128,12 @@ PVF_HOST_DEVICE MmaBackwardLayout mma_backward_layout(int64_t channels, int64_t 
     layout.padded = padded_heads(heads);
     layout.weights_stride = 2 * layout.padded + kMmaPad;
     layout.partial = channels * layout.padded * 4;
-    layout.tile = layout.partial + partial_floats(layout.padded, tile_rows) * 4;
+    const int64_t partial = partial_floats(layout.padded, tile_rows) * 4;
+    const int64_t weights = 2 * tile_rows * layout.weights_stride * 2;
+    layout.tile = layout.partial + (partial > weights ? partial : weights);
     layout.vectors = layout.tile + tile_rows * layout.stride * 2;
     layout.slopes = layout.vectors + SplitVectors<Half>::bytes(2 * heads, layout.stride);
-    layout.weights = layout.slopes + 2 * layout.padded * (tile_rows + kMmaPad) * 2;
-    layout.states = layout.weights + 2 * tile_rows * layout.weights_stride * 2;
+    layout.states = layout.slopes + 2 * layout.padded * (tile_rows + kMmaPad) * 2;
     layout.small = layout.states + 3 * layout.padded * (tile_rows + kPartialPad) * 4;
     layout.bytes = layout.small + (6 * layout.padded + 4 * tile_rows) * 4;
     return layout;
@@ -1167,7 +1168,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     // Slopes of the contexts, then u; both times gamma.
     const auto vectors = SplitVectors<T>::at(shared + layout.vectors, 2 * h, stride);
     T* const slopes = reinterpret_cast<T*>(shared + layout.slopes);
-    T* const weights = reinterpret_cast<T*>(shared + layout.weights);
+    T* const weights = reinterpret_cast<T*>(shared + layout.partial);
     T* const weights_low = weights + tile_rows * weights_stride;
     float* const attentions = reinterpret_cast<float*>(shared + layout.states);
     float* const score_slopes = attentions + padded * states_stride;
@@ -1308,7 +1309,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
                     const int which = k + lane % 16;
                     const int j = which < padded ? which : which - padded;
                     const int vector = which < padded ? j : h + j;
-                    const T* own_vectors = half + vectors.offset(vector, j < h) + block * 16;
+                    const T* own_vectors = half + vectors.offset(vector, j < h, block * 16);
                     std::uint32_t a[4];
                     std::uint32_t a_low[4];
                     ldmatrix_x4(a, own_weights + k);
@@ -1445,9 +1446,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
 }
 
 constexpr const char* kTooWide =
-    "channels * (16 + 3 * num_heads) must not exceed 40,000, which fill an SM's shared memory; "
-    "pass "
-    "narrower tokens";
+    "channels * (16 + 3 * num_heads) + 36 * num_heads must not exceed 41,600, or 20,800 in "
+    "float64, "
+    "which fill an SM's shared memory; pass narrower tokens";
 
 // With this many bytes of dynamic shared memory, one block a multiprocessor and more.
 template <typename Kernel>
