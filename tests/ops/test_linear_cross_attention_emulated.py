@@ -86,15 +86,16 @@ def test_gradients_in_sixteen_bits_are_no_worse_than_in_eager(heads, width, dtyp
             assert distance(one, exact) <= distance(other, exact)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e3])
-def test_small_and_large_slopes_survive_float16(size):
-    args, kwargs = call(2, 50, 64, 4, dtype=torch.float16, norm=False)
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_norm_the_only_error_is_the_rounding_of_the_results(dtype, size):
+    """16-bit factors come as two halves, brought near one first: float16 has few small numbers."""
+    torch.manual_seed(0)
+    args, kwargs = call(2, 50, 64, 4, dtype=dtype, norm=False)
     want, ours = exact_and_ours(args, kwargs, size)
-    eager = with_gradients(reference.linear_cross_attention, args, kwargs, size)
-    for one, other, exact in list(zip(ours, eager, want, strict=True))[:7]:
-        finite = exact.abs() < 65504
-        one, other, exact = (t[finite] for t in (one, other, exact))
-        assert distance(one, exact) <= distance(other, exact)
+    for one, exact in zip(ours, want, strict=True):
+        if exact.abs().max() > 1e-9:
+            assert distance(one, exact) <= 1.02 * distance(exact.to(dtype), exact)
 
 
 def test_a_token_that_is_no_number_spoils_the_gradients_of_its_image_only():
