@@ -73,14 +73,15 @@ struct CrossAttentionParams {
     MatrixView gamma;  // [C]; null: ones
     MatrixView beta;   // [C]; null: zeros
 
-    void* query_hat;      // [B, C]
-    void* query_norm;     // [B, C] after gamma and beta; query_hat without LayerNorm
-    void* u;              // [B, H, C] scale * W_k^T q by head
-    void* scores;         // [B, H, 1 + N], the query first; null: not kept
-    void* peak;           // [B, H] greatest score
-    void* total;          // [B, H] sum of exp(score - peak)
-    void* mean;           // [B, N] of the tokens; null without LayerNorm or when not kept
-    void* rstd;           // [B, 1 + N], the query first; null likewise
+    void* query_hat;   // [B, C]
+    void* query_norm;  // [B, C] after gamma and beta; query_hat without LayerNorm
+    void* u;           // [B, H, C] scale * W_k^T q by head
+    void* scores;      // [B, H, 1 + N], the query first; null: not kept
+    void* peak;        // [B, H] greatest score
+    void* total;       // [B, H] sum of exp(score - peak)
+    // Null without LayerNorm or when not kept. CUDA computes those of the tokens again instead.
+    void* mean;           // [B, N] of the tokens
+    void* rstd;           // [B, 1 + N], the query first
     void* partial;        // [B, splits, H, C]: sums of exp * hat; in the backward of slope * hat
     void* partial_peak;   // [B, splits, H]
     void* partial_total;  // [B, splits, H]
