@@ -26,8 +26,9 @@ $(VENV)/.demo: $(VENV)/.tools $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.tools $(SOURCES)
 	@echo "build: compiled kernels, and the CUDA kernels for the emulator"
+	@# Not stripped: the emulator names kernels by the full symbol table.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(INSTALL) --no-build-isolation -C cmake.define.PYVITFAST_BUILD_TESTS=ON \
-		--editable ".[test,bench,export,dev]"
+		-C install.strip=false --editable ".[test,bench,export,dev]"
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
