@@ -36,4 +36,14 @@ PVF_HOST_DEVICE void with_float(FloatType type, const F& f) {
     with_narrow_float(type, f);
 }
 
+// Calls f with the Type of values whose sums are of A: double for double, else any narrower dtype.
+template <typename A, typename F>
+PVF_HOST_DEVICE void with_float_summed_in(FloatType type, const F& f) {
+    if constexpr (sizeof(A) == 8) {
+        f(Type<double>{});
+    } else {
+        with_narrow_float(type, f);
+    }
+}
+
 }  // namespace pyvitfast

@@ -1,33 +1,18 @@
-#include "cpu_vector.h"
+#include "cpu_matmul.h"
 #include "fma_loop.h"
 
 namespace pyvitfast::PVF_CPU_CAPABILITY {
 
 // More independent sums than latency times units of any processor, fewer than its registers.
-#if defined(__AVX512F__)
-using Vector = __m512;
-constexpr int kSums = 16;
-PVF_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-#elif defined(__AVX2__)
-using Vector = __m256;
-constexpr int kSums = 12;
-PVF_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-#else
-// Product and sum one by one, as in the baseline kernels.
-using Vector = float __attribute__((vector_size(16)));
-constexpr int kSums = 12;
-PVF_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-#endif
-
+constexpr int kSums = kVectorBytes == 64 ? 16 : 12;
 constexpr int kUnroll = 4;
-constexpr int64_t kWidth = sizeof(Vector) / sizeof(float);
 
 static void run(int64_t iterations) {
-    const Vector factor = Vector{} + 0.5f;
-    const Vector summand = Vector{} + 1.0f;
-    Vector sums[kSums];
+    const WideFloats factor = WideFloats{} + 0.5f;
+    const WideFloats summand = WideFloats{} + 1.0f;
+    WideFloats sums[kSums];
     for (int i = 0; i < kSums; ++i) {
-        sums[i] = Vector{} + (static_cast<float>(i) + 0.25f);  // to 2, without being there
+        sums[i] = WideFloats{} + (static_cast<float>(i) + 0.25f);  // to 2, without being there
     }
     for (int64_t iteration = 0; iteration < iterations; ++iteration) {
 #pragma GCC unroll 4
@@ -38,7 +23,7 @@ static void run(int64_t iterations) {
             }
         }
     }
-    Vector total{};
+    WideFloats total{};
     for (int i = 0; i < kSums; ++i) {
         total += sums[i];
     }
@@ -47,6 +32,6 @@ static void run(int64_t iterations) {
 }
 
 extern const FmaLoop fma_loop;
-const FmaLoop fma_loop{run, 2 * kUnroll * kSums * kWidth};
+const FmaLoop fma_loop{run, 2 * kUnroll * kSums * kWide<float>};
 
 }  // namespace pyvitfast::PVF_CPU_CAPABILITY

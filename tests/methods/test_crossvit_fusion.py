@@ -219,8 +219,8 @@ class TestTheOpRuns:
         x = torch.randn(3, 3, 30, 30).to(dtype)
         found, expected = ours(x), theirs(x)
         assert found.dtype == dtype
-        # bfloat16 keeps 8 bits; logits of order 1 from a dozen layers.
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 0.01)
+        # Either is up to 0.012 (bfloat16) or 0.002 (float16) from float64 over 30 draws, logits of order 1.
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.025 if dtype == torch.bfloat16 else 0.004)
 
     def test_reference_without_a_library(self, pair, images, monkeypatch):
         theirs, ours = pair()

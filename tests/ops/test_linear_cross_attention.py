@@ -10,7 +10,6 @@ from timm.models.crossvit import CrossAttention
 
 from pyvitfast import ops, reference
 from pyvitfast.ops.linear_cross_attention import folds
-from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, LAYOUTS, BadCall, OpTable, Sample, strided, widened
 
 MATRICES = ("q_weight", "k_weight", "v_weight", "proj_weight")
@@ -323,17 +322,6 @@ def test_little_is_kept_for_the_backward(tokens, channels, heads):
     )
     eager = kept_bytes(lambda: module(x), [x, *module.parameters()])
     assert 0 < ours <= eager / 15
-
-
-@pytest.fixture
-def counting():
-    if not EMULATED:
-        pytest.skip("counters belong to the emulated backend")
-    emulator = Emulator()
-    emulator.configure("COUNT", "1")
-    emulator.reset_counters()
-    yield emulator
-    emulator.configure("COUNT", "")
 
 
 def of_kernel(counters, name):

@@ -14,7 +14,7 @@ import torch
 from pyvitfast import ops, reference
 from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, widened
-from tests.ops.test_linear_cross_attention import call, counting, distance, of_kernel  # noqa: F401
+from tests.ops.test_linear_cross_attention import call, distance, of_kernel
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="belongs to the emulated backend")
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,7 @@ def test_views_that_no_vector_load_can_read():
         assert distance(slopes, want[2]) <= 1.1 * distance(ours[2], want[2]) + 1e-7
 
 
-def test_bytes_of_a_call_that_keeps_its_scores(counting):  # noqa: F811
+def test_bytes_of_a_call_that_keeps_its_scores(counting):
     batch, tokens, channels, heads = 66, 196, 192, 3
     args, kwargs = call(batch, tokens, channels, heads, dtype=torch.bfloat16)
     ops.linear_cross_attention(args[0].requires_grad_(), *args[1:], **kwargs)
@@ -133,7 +133,7 @@ def test_bytes_of_a_call_that_keeps_its_scores(counting):  # noqa: F811
     assert moved / least <= 1.15
 
 
-def test_bytes_of_the_backward_in_sixteen_bits(counting):  # noqa: F811
+def test_bytes_of_the_backward_in_sixteen_bits(counting):
     batch, tokens, channels, heads = 66, 100, 192, 3
     args, kwargs = call(batch, tokens, channels, heads, dtype=torch.bfloat16, norm=False, bias=False)
     out = ops.linear_cross_attention(*[a.detach().requires_grad_() for a in args], **kwargs)
@@ -145,7 +145,7 @@ def test_bytes_of_the_backward_in_sixteen_bits(counting):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bank_conflicts_in_either_direction(counting, dtype):  # noqa: F811
+def test_no_bank_conflicts_in_either_direction(counting, dtype):
     args, kwargs = call(1, 60, 384, 6, dtype=dtype)
     with_gradients(ops.linear_cross_attention, args, kwargs)
     for name, kernel in counting.counters().items():
@@ -159,7 +159,7 @@ def test_no_bank_conflicts_in_either_direction(counting, dtype):  # noqa: F811
 @pytest.mark.parametrize(
     ("channels", "heads", "units"), [(768, 12, True), (384, 6, True), (448, 7, True), (56, 7, False)]
 )
-def test_matrix_units_are_used_where_channels_come_in_sixteens(counting, channels, heads, units):  # noqa: F811
+def test_matrix_units_are_used_where_channels_come_in_sixteens(counting, channels, heads, units):
     args, kwargs = call(1, 17, channels, heads, dtype=torch.bfloat16)
     with_gradients(ops.linear_cross_attention, args, kwargs)
     names = [name for name in counting.counters() if "attend" in name]

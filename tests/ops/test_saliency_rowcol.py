@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvitfast import ops, reference
-from tests.ops.emulator import Emulator
 from tests.ops.table import EMULATED, LAYOUTS, SIZES, BadCall, OpTable, Sample, strided
 
 
@@ -208,17 +207,6 @@ def test_expanded_rows_need_no_copy():
     torch.testing.assert_close(
         ops.saliency_rowcol([w], [g]), reference.saliency_rowcol([w], [g]), atol=1e-5, rtol=1e-5
     )
-
-
-@pytest.fixture
-def counting():
-    if not EMULATED:
-        pytest.skip("counters belong to the emulated backend")
-    emulator = Emulator()
-    emulator.configure("COUNT", "1")
-    emulator.reset_counters()
-    yield emulator
-    emulator.configure("COUNT", "")
 
 
 def test_bytes_moved_on_deit_base_fc1(counting):

@@ -217,6 +217,16 @@ Tensor carved(const Arguments& in, const F& carve) {
     return memory;
 }
 
+ProductTable table_of(const std::vector<Product>& products) {
+    ProductTable table{};
+    for (const auto& product : products) {
+        table.products[table.count] = product;
+        table.products[table.count++].tile_begin = table.tiles;
+        table.tiles += PVF_CPU_KERNELS ? cpu_product_tiles(product) : product_tiles(product);
+    }
+    return table;
+}
+
 #if PVF_CPU_KERNELS
 
 class Runner {
@@ -224,14 +234,11 @@ class Runner {
     explicit Runner(const Arguments& in)
         : wide_(in.wide), kernels_(PVF_CPU_KERNELS_OF(linear_cross_attention_cpu)) {}
 
-    void products(std::vector<Product> products) const {
-        ProductTable table{};
+    void products(const std::vector<Product>& products) const {
+        const ProductTable table = table_of(products);
         int64_t work = 0;
-        for (auto& product : products) {
-            product.tile_begin = table.tiles;
-            table.tiles += cpu_product_tiles(product);
+        for (const auto& product : products) {
             work += product.batch * product.m * product.n * product.k;
-            table.products[table.count++] = product;
         }
         each(table.tiles, work,
              [&](int64_t begin, int64_t end) { kernels_.products(table, wide_, begin, end); });
@@ -282,13 +289,8 @@ class Runner {
    public:
     explicit Runner(const Arguments& in) : wide_(in.wide), scope_(in.tokens) {}
 
-    void products(std::vector<Product> products) const {
-        ProductTable table{};
-        for (auto& product : products) {
-            product.tile_begin = table.tiles;
-            table.tiles += product_tiles(product);
-            table.products[table.count++] = product;
-        }
+    void products(const std::vector<Product>& products) const {
+        const ProductTable table = table_of(products);
         if (table.tiles > 0) {
             check_grid(kName, table.tiles);
             check_launch(kName, cross_attention_products_cuda(table, wide_, scope_.stream()));

@@ -53,16 +53,6 @@ PVF_INLINE void narrow_row(const A* from, int64_t count, T* to) {
     }
 }
 
-// Calls f with the Type of a row that goes with sums of A.
-template <typename A, typename F>
-PVF_INLINE void with_row_type(FloatType type, const F& f) {
-    if constexpr (sizeof(A) == 8) {
-        f(Type<double>{});
-    } else {
-        with_narrow_float(type, f);
-    }
-}
-
 template <typename T>
 PVF_INLINE const T* address(const MatrixView& view, int64_t batch, int64_t row, int64_t col) {
     return static_cast<const T*>(view.data) + batch * view.batch + row * view.row + col * view.col;
@@ -78,7 +68,7 @@ template <typename A>
 PVF_INLINE const A* row_of(const MatrixView& view, int64_t batch, int64_t row, int64_t col,
                            int64_t count, A* buffer) {
     const A* found = buffer;
-    with_row_type<A>(view.type, [&]<typename T>(Type<T>) {
+    with_float_summed_in<A>(view.type, [&]<typename T>(Type<T>) {
         const T* from = address<T>(view, batch, row, col);
         if constexpr (std::is_same_v<T, A>) {
             found = from;
@@ -180,7 +170,7 @@ static void products_of(const ProductTable& table, int64_t begin, int64_t end) {
             for (int64_t col = 0; col < cols; ++col) {
                 values[col] = values[col] * alpha + (bias == nullptr ? A(0) : bias[col]);
             }
-            with_row_type<A>(p.out.type, [&]<typename T>(Type<T>) {
+            with_float_summed_in<A>(p.out.type, [&]<typename T>(Type<T>) {
                 narrow_row(values, cols, target<T>(p.out, entry, row0 + row, col0));
             });
         }
@@ -257,11 +247,6 @@ struct Affine {
         }
     }
 };
-
-template <typename A>
-PVF_INLINE A* part(void* array, int64_t at) {
-    return array == nullptr ? nullptr : static_cast<A*>(array) + at;
-}
 
 template <typename A>
 static void normalize_query_of(const CrossAttentionParams& p, int64_t begin, int64_t end) {
@@ -430,7 +415,6 @@ static void attend_of(const CrossAttentionParams& p, int64_t begin, int64_t end)
     A* const gamma_u = scratch.data() + 2 * c;
     A* const scores = gamma_u + h * c;
     const Affine<A> affine(p, scratch.data());
-    std::fill(scores, scores + h * pad, A(0));
     Stream stream;
     for (int64_t task = begin; task < end; ++task) {
         const Split split = split_of(p, task);
@@ -543,8 +527,8 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
     const Scratch<A> scratch(2 * c + 2 * h * c + 2 * h * pad);
     Scratch<A> normalized;
     Scratch<A> indirect;
-    // Rows of slopes and of u one below the other, and their weights likewise: d_row = sum over 2
-    // H.
+    // Slopes of the contexts and u, one below the other, and their weights likewise: the slope of a
+    // row is a sum over 2 H of them.
     A* const vectors = scratch.data() + 2 * c;
     A* const weights = vectors + 2 * h * c;
     const Affine<A> affine(p, scratch.data());
@@ -598,7 +582,7 @@ static void attend_backward_of(const CrossAttentionParams& p, int64_t begin, int
                 const A rstd = *part<A>(p.rstd, b * (1 + p.tokens) + 1 + split.first + n);
                 norm_backward(slope, rows.row(n), rstd, c);
             }
-            with_row_type<A>(p.d_token.type, [&]<typename T>(Type<T>) {
+            with_float_summed_in<A>(p.d_token.type, [&]<typename T>(Type<T>) {
                 narrow_row(slope, c, target<T>(p.d_token, b, split.first + n, 0));
             });
         }
@@ -667,7 +651,7 @@ static void finish_query_of(const CrossAttentionParams& p, int64_t begin, int64_
                 d_beta[i] += as_query[i];
             }
         }
-        with_row_type<A>(p.d_query.type, [&]<typename T>(Type<T>) {
+        with_float_summed_in<A>(p.d_query.type, [&]<typename T>(Type<T>) {
             narrow_row(slope, c, target<T>(p.d_query, 0, b, 0));
         });
     }

@@ -21,20 +21,10 @@ PVF_HOST_DEVICE int padded_heads(int64_t heads) {
     return static_cast<int>((heads + kHeadGroup - 1) / kHeadGroup) * kHeadGroup;
 }
 
-// Calls f with the Type of an element that goes with sums of A.
-template <typename A, typename F>
-PVF_DEVICE void with_element_type(FloatType type, const F& f) {
-    if constexpr (sizeof(A) == 8) {
-        f(Type<double>{});
-    } else {
-        with_narrow_float(type, f);
-    }
-}
-
 template <typename A>
 PVF_DEVICE A load_element(const MatrixView& view, int64_t at) {
     A value = A(0);
-    with_element_type<A>(view.type, [&]<typename T>(Type<T>) {
+    with_float_summed_in<A>(view.type, [&]<typename T>(Type<T>) {
         value = static_cast<A>(to_float(load(static_cast<const T*>(view.data) + at)));
     });
     return value;
@@ -42,7 +32,7 @@ PVF_DEVICE A load_element(const MatrixView& view, int64_t at) {
 
 template <typename A>
 PVF_DEVICE void store_element(const MatrixView& view, int64_t at, A value) {
-    with_element_type<A>(view.type, [&]<typename T>(Type<T>) {
+    with_float_summed_in<A>(view.type, [&]<typename T>(Type<T>) {
         T* to = static_cast<T*>(const_cast<void*>(view.data)) + at;
         store(to, from_float<T>(static_cast<Accumulate<T>>(value)));
     });
@@ -53,18 +43,11 @@ PVF_DEVICE A load_or(const MatrixView& view, int64_t at, A otherwise) {
     return view.data == nullptr ? otherwise : load_element<A>(view, at);
 }
 
-template <typename A>
-PVF_DEVICE A* part(void* array, int64_t at) {
-    return array == nullptr ? nullptr : static_cast<A*>(array) + at;
-}
-
 // exp(x) of a difference to a peak; NaN stays NaN.
 template <typename A>
 PVF_DEVICE A exponential(A x) {
     return exp2(x * A(1.4426950408889634));
 }
-
-// --- Products ---------------------------------------------------------------------------------
 
 constexpr int kProductDepth = 64;  // of the chunks that go through shared memory
 constexpr int kThreadTile = 4;     // rows and columns of a thread
@@ -94,7 +77,7 @@ struct Chunk {
                                  int64_t depth_stride, int64_t span0, int64_t spans, int64_t depth0,
                                  int64_t depths, A (&held)[kPerThread]) {
         const bool along_span = span_stride == 1;
-        with_element_type<A>(view.type, [&]<typename T>(Type<T>) {
+        with_float_summed_in<A>(view.type, [&]<typename T>(Type<T>) {
             const T* data = static_cast<const T*>(view.data) + entry * view.batch;
             PVF_UNROLL
             for (int n = 0; n < kPerThread; ++n) {
@@ -203,8 +186,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     }
 }
 
-// --- The query --------------------------------------------------------------------------------
-
 template <typename A>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     cross_attention_normalize_query_kernel(const __grid_constant__ CrossAttentionParams p) {
@@ -278,8 +259,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
         }
     }
 }
-
-// --- Rows of a split --------------------------------------------------------------------------
 
 // The query, in an image's first split, and tokens after it.
 struct SplitRows {
@@ -557,8 +536,6 @@ PVF_DEVICE void stage_vectors(const CrossAttentionParams& p, const A* vectors, i
     }
 }
 
-// --- Attention without matrix units -----------------------------------------------------------
-
 constexpr int kTile = kCrossAttentionTile;
 
 // Half of the values stay with half of the lanes, and again, until each lane has one.
@@ -698,8 +675,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     }
     store_running(p, rows, running);
 }
-
-// --- Attention on matrix units ----------------------------------------------------------------
 
 constexpr int kMmaTile = 32;    // rows
 constexpr int kMmaPad = 8;      // elements, so that eight rows lie in different banks
@@ -973,8 +948,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     store_running(p, rows, running);
 }
 
-// --- Backward ---------------------------------------------------------------------------------
-
 template <typename T>
 PVF_DEVICE T* slope_of_token(const CrossAttentionParams& p, const SplitRows& rows, int64_t row) {
     return static_cast<T*>(const_cast<void*>(p.d_token.data)) + rows.image * p.d_token.batch +
@@ -1102,8 +1075,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, sizeof(A) == 8 ? 1 : 2)
 PVF_HOST_DEVICE int64_t backward_shared(int64_t channels, int64_t heads) {
     return (kTile + 3 * heads) * channels + heads * (2 * kTile + 3) + 3 * kTile;
 }
-
-// --- Backward on matrix units -----------------------------------------------------------------
 
 // Offsets in bytes.
 struct MmaBackwardLayout {
@@ -1375,8 +1346,6 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
         store(part<float>(p.partial, at * c + channel), sum);
     });
 }
-
-// --- The splits of an image -------------------------------------------------------------------
 
 template <typename A>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
