@@ -1,15 +1,23 @@
 """The ops of :mod:`pyvitfast.ops` in plain torch: same signatures, any device, any float dtype."""
 
+from pyvitfast.reference.fake_quantize import fake_quantize
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
 from pyvitfast.reference.saliency_rowcol import saliency_rowcol
+from pyvitfast.reference.scaled_sqnorm import scaled_sqnorm
+from pyvitfast.reference.spsa_perturb import spsa_perturb
+from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
 
 __all__ = [
+    "fake_quantize",
     "linear_cross_attention",
     "saliency_commit_",
     "saliency_rowcol",
+    "scaled_sqnorm",
+    "spsa_perturb",
+    "spsa_update_",
     "structured_gather",
     "structured_zero_",
 ]
