@@ -62,7 +62,8 @@ def noise(
     if kind == "uniform":
         return f * _SQRT3
     if kind == "triangular":
-        return torch.copysign((1 - (1 - f.abs()).sqrt()) * _SQRT6, f)
+        # Through float64: torch's float32 root is not always the nearest.
+        return torch.copysign((1 - (1 - f.abs()).double().sqrt().float()) * _SQRT6, f)
     return (f.double().atanh() / _LOGISTIC).float()
 
 
