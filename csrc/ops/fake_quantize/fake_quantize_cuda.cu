@@ -61,39 +61,26 @@ PVF_DEVICE double differentiate(const QuantizeTensor& tensor, const QuantizeOpti
     const W* weight = static_cast<const W*>(tensor.weight) + chunk.begin;
     const T* upstream = static_cast<const T*>(tensor.upstream) + chunk.begin;
     W* out = static_cast<W*>(tensor.out) + chunk.begin;
-    const auto slopes_at = [&](W w) {
-        const A ratio = quantizing::ratio_of(static_cast<A>(to_float(w)), scale, options.mask);
-        return options.levels.sign != 0 ? quantizing::slopes_of<true>(ratio, options)
+    return warp_chunk_sum(
+        static_cast<int>(chunk.count), [&](int at, int there, double (&lanes)[4]) {
+            const auto weights = load_neighbours(weight + at, there);
+            const auto given = load_neighbours(upstream + at, there);
+            Vec<W, 4> grads;
+            PVF_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const A ratio =
+                    quantizing::ratio_of(static_cast<A>(to_float(weights[i])), scale, options.mask);
+                const auto slopes = options.levels.sign != 0
+                                        ? quantizing::slopes_of<true>(ratio, options)
                                         : quantizing::slopes_of<false>(ratio, options);
-    };
-    const bool vectors = chunk.count == kSumChunk &&
-                         reinterpret_cast<uintptr_t>(weight) % alignof(Vec<W, 4>) == 0 &&
-                         reinterpret_cast<uintptr_t>(upstream) % alignof(Vec<T, 4>) == 0;
-    if (!vectors) {
-        return warp_chunk_sum(static_cast<int>(chunk.count), [&](int j) {
-            const auto slopes = slopes_at(load(weight + j));
-            const A given = static_cast<A>(to_float(load(upstream + j)));
-            store(out + j, from_float<W>(product(given, slopes.weight)));
-            return static_cast<double>(product(given, slopes.scale));
+                const A each = static_cast<A>(to_float(given[i]));
+                grads[i] = from_float<W>(product(each, slopes.weight));
+                if (i < there) {
+                    lanes[i] += static_cast<double>(product(each, slopes.scale));
+                }
+            }
+            store_neighbours(out + at, there, grads);
         });
-    }
-    double lanes[4] = {};
-    PVF_UNROLL
-    for (int k = 0; k < kSumChunk / kSumLanes; ++k) {
-        const int at = k * kSumLanes + 4 * static_cast<int>(lane_id());
-        const auto weights = load_vec_streaming<4>(weight + at);
-        const auto given = load_vec_streaming<4>(upstream + at);
-        Vec<W, 4> grads;
-        PVF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const auto slopes = slopes_at(weights[i]);
-            const A each = static_cast<A>(to_float(given[i]));
-            grads[i] = from_float<W>(product(each, slopes.weight));
-            lanes[i] += static_cast<double>(product(each, slopes.scale));
-        }
-        store_vec(out + at, grads);
-    }
-    return warp_sum((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
 }
 
 template <typename A>

@@ -15,27 +15,20 @@ template <typename A, typename T>
 PVF_DEVICE double chunk_of(const SqnormTensor& tensor, int64_t begin, int count) {
     const T* grad = static_cast<const T*>(tensor.grad) + begin;
     const A* scales = static_cast<const A*>(tensor.layout.scales);
-    if (tensor.layout.groups == 0) {
-        const A scale = load(scales);
-        if (count == kSumChunk && reinterpret_cast<uintptr_t>(grad) % alignof(Vec<T, 4>) == 0) {
-            double lanes[4] = {};
-            PVF_UNROLL
-            for (int k = 0; k < kSumChunk / kSumLanes; ++k) {
-                const auto quad = load_vec_streaming<4>(grad + k * kSumLanes + 4 * lane_id());
-                PVF_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    lanes[i] += sqnorm::square(scale, static_cast<A>(to_float(quad[i])));
+    const ScaleLayout& layout = tensor.layout;
+    const bool together = layout.groups == 0 || (layout.cols % 4 == 0 && layout.group % 4 == 0);
+    return warp_chunk_sum(count, [&](int at, int there, double (&lanes)[4]) {
+        const auto quad = load_neighbours(grad + at, there);
+        A scale = load(scales + scale_index(layout, begin + at));
+        PVF_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if (i < there) {
+                if (i > 0 && !together) {
+                    scale = load(scales + scale_index(layout, begin + at + i));
                 }
+                lanes[i] += sqnorm::square(scale, static_cast<A>(to_float(quad[i])));
             }
-            return warp_sum((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
         }
-        return warp_chunk_sum(count, [&](int j) {
-            return sqnorm::square(scale, static_cast<A>(to_float(load(grad + j))));
-        });
-    }
-    return warp_chunk_sum(count, [&](int j) {
-        const A scale = load(scales + scale_index(tensor.layout, begin + j));
-        return sqnorm::square(scale, static_cast<A>(to_float(load(grad + j))));
     });
 }
 
