@@ -17,6 +17,9 @@ NAMES = sorted(ops.__all__)
 # Ops without a gradient say why here; every other op has NAME_backward.
 NOT_DIFFERENTIABLE = {
     "saliency_commit_": "bookkeeping outside the graph",
+    "scaled_sqnorm": "part of an estimate of the gradient, outside the graph",
+    "spsa_perturb": "part of an estimate of the gradient, outside the graph",
+    "spsa_update_": "part of an estimate of the gradient, outside the graph",
     "structured_zero_": "writes parameters in place, outside the graph",
 }
 
@@ -116,7 +119,8 @@ MAY_IMPORT = {
     "info": {"_lib", "_C", "ops", "_version"},
     "models": {"models", "ops", "reference", "_version"},
     "prune": {"prune", "models", "ops", "reference"},
-    "train": {"train", "prune", "models", "ops", "info", "_version"},
+    "quantize": {"quantize", "models", "ops", "reference"},
+    "train": {"train", "prune", "quantize", "models", "ops", "info", "_version"},
     "report": {"report", "models", "info", "_version"},
     "cli": {"train", "report", "prune", "models", "info", "_version", "ops"},
     "__main__": {"cli"},

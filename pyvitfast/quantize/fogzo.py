@@ -1,0 +1,536 @@
+"""FOGZO: zeroth-order measurements that correct the straight-through estimator."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pyvitfast import ops
+from pyvitfast.models.modules import unwrap
+from pyvitfast.models.quantized import LayerQuantization, QuantLayer, quantized_layers
+from pyvitfast.reference._spsa import NOISES, direction_sign
+
+ESTIMATORS = ("fogzo", "ste", "spsa", "zo")
+_WORD = 2**64 - 1
+
+# (eps_bar, noise) whose smoothing of the quantiser is the surrogate's: section 4 of the paper.
+_ROUND = (1 / (2 * math.sqrt(3)), "uniform")
+_KERNELS = {
+    "identity": (1 / math.sqrt(3), "uniform"),
+    "hardtanh": (1 / math.sqrt(3), "uniform"),
+    "tanh": (math.pi / math.sqrt(12), "logistic"),
+    "approx_sign": (1 / math.sqrt(6), "triangular"),
+}
+_MEZO = (1e-3, "normal")
+
+
+def kernel_of(q: LayerQuantization) -> tuple[float, str]:
+    """Radius in scales and noise that go with the surrogate of a layer."""
+    return _KERNELS[q.mask] if q.grid == "sign" else _ROUND
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The generator's key at a step: the splitmix64 of ``seed`` advanced by ``step``. 64 bits."""
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & _WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
+    return z ^ z >> 31
+
+
+@dataclass
+class _Group:
+    """Weights that one call of an op takes: equal bits, grid, surrogate and group size."""
+
+    quantization: LayerQuantization
+    eps_bar: float
+    noise: str
+    weights: list[nn.Parameter]
+    ids: list[int]
+    layers: list[list[QuantLayer]]
+
+    def scales(self) -> list[Tensor]:
+        return [owners[0].weight_scale.detach().float() for owners in self.layers]
+
+    def use(self, weights: list[Tensor] | None) -> None:
+        """Let the layers compute with ``weights``, or with their own again."""
+        for i, owners in enumerate(self.layers):
+            for layer in owners:
+                layer.quantized_weight = None if weights is None else weights[i]
+
+
+@contextlib.contextmanager
+def _no_backward() -> Iterator[None]:
+    """Backward passes inside do nothing, so that an ordinary closure can be evaluated without gradients."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    tensor_backward, function = torch.Tensor.backward, torch.autograd.backward
+    torch.Tensor.backward, torch.autograd.backward = nothing, nothing  # type: ignore[method-assign,assignment]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.Tensor.backward, torch.autograd.backward = (  # type: ignore[method-assign]
+            tensor_backward,
+            function,
+        )
+
+
+class FOGZO:
+    """Quantisation-aware training whose gradient is measured, guided by the straight-through one.
+
+    A step takes the straight-through gradient g of the quantised network, then measures the loss at
+    :math:`Q(w \\pm \\bar\\varepsilon s \\odot v)` for directions
+    :math:`v = \\pm\\sqrt\\beta\\,\\hat g + \\sqrt{1-\\beta}\\,u` and hands the optimizer
+    :math:`G = \\frac1n\\sum_i c_i v_i / s`, where c is the slope found. Where g misleads, c is about 0 or
+    negative.
+
+    Args:
+        optimizer: any first-order optimizer over the model's parameters.
+        model: from :func:`prepare`; wrapped by ``torch.compile`` or DistributedDataParallel or not.
+        estimator: ``fogzo``; ``ste``: the optimizer's own step; ``spsa``: beta = 0, measured directions only
+            and no backward pass; ``zo``: the same with Gaussian noise and a small fixed radius, after MeZO.
+            With the last two only quantised weights are trained.
+        n: directions a step; each costs two forward passes.
+        omega: energy of the noise in a direction, (1 - beta) d for d perturbed weights; that of g is 1. 0.1 to
+            10 are sensible.
+        one_minus_beta: that share itself, in place of ``omega``. Not beta: 1 - 1e-9 is 1 in float32.
+        schedule: ``linear`` lets 1 - beta grow from 0 to its value over ``total_steps``; ``constant``.
+        total_steps: optimizer steps of the training; needed by ``linear`` and ``start_frac``. Without it the
+            schedule is constant.
+        start_frac: part of ``total_steps`` taken with plain straight-through steps first. 0.7 is the mix of
+            the paper; that these come first is inferred.
+        eps_bar: radius in scales; None takes the one that goes with the surrogate (paper, section 4).
+        noise: of directions: uniform, triangular, logistic, rademacher, normal; None likewise.
+        clip_grad_norm: largest norm of the estimate, and, on its own, of the other gradients.
+        seed: of all noise; the same on every rank. A step's noise depends on (seed, step) alone.
+
+    Raises:
+        ValueError: a value out of its range, or no quantised weight that is trained.
+
+    Scales (learned by LSQ or not) are fixed during the measurements, which take place in coordinates divided by
+    them; learned scales and all other parameters keep their backpropagated gradients. Both are our choices.
+    Dropout and drop path are replayed in each measurement; running statistics are put back.
+
+    Weight decay: decoupled (AdamW) acts as ever; coupled L2 is added to G by the optimizer.
+
+    Source:
+        Yang and Aamodt, Improving the Straight-Through Estimator with Zeroth-Order Information, NeurIPS 2025.
+
+    Example:
+        >>> model = prepare(model, QuantConfig(weight_bits=2))
+        >>> optimizer = FOGZO(torch.optim.AdamW(model.parameters()), model, total_steps=1000)
+        >>> loss = optimizer.step(lambda: loss_fn(model(images), labels))
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        model: nn.Module,
+        *,
+        estimator: str = "fogzo",
+        n: int = 1,
+        omega: float = 1.0,
+        one_minus_beta: float | None = None,
+        schedule: str = "linear",
+        total_steps: int | None = None,
+        start_frac: float = 0.0,
+        eps_bar: float | None = None,
+        noise: str | None = None,
+        clip_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        def need(good: bool, rule: str, got: Any) -> None:
+            if not good:
+                raise ValueError(f"FOGZO: {rule}, got {got!r}.")
+
+        need(estimator in ESTIMATORS, f"`estimator` must be one of {', '.join(ESTIMATORS)}", estimator)
+        need(schedule in ("linear", "constant"), "`schedule` must be 'linear' or 'constant'", schedule)
+        need(type(n) is int and n >= 1, "`n` must be a whole number of at least 1", n)
+        need(0 <= omega < math.inf, "`omega` must be a finite number of at least 0", omega)
+        given = one_minus_beta
+        need(given is None or 0 <= given <= 1, "`one_minus_beta` must be from 0 to 1", given)
+        need(total_steps is None or total_steps >= 1, "`total_steps` must be at least 1", total_steps)
+        need(0 <= start_frac < 1, "`start_frac` must be at least 0 and below 1", start_frac)
+        need(not start_frac or total_steps is not None, "`start_frac` needs `total_steps`", total_steps)
+        need(eps_bar is None or 0 < eps_bar < math.inf, "`eps_bar` must be a positive number", eps_bar)
+        need(noise is None or noise in NOISES, f"`noise` must be one of {', '.join(NOISES)}", noise)
+        positive = clip_grad_norm is None or clip_grad_norm > 0
+        need(positive, "`clip_grad_norm` must be a positive number", clip_grad_norm)
+        need(type(seed) is int and 0 <= seed <= _WORD, "`seed` must be from 0 to 2^64 - 1", seed)
+        self.optimizer, self.model = optimizer, model
+        self.estimator, self.n, self.seed = estimator, n, seed
+        self.schedule, self.total_steps, self.start_frac = schedule, total_steps, start_frac
+        self.clip_grad_norm = clip_grad_norm
+        self._groups = self._grouped(eps_bar, noise)
+        self._weights = [w for group in self._groups for w in group.weights]
+        need(bool(self._weights), "`model` must come from prepare and have a trainable quantised weight", 0)
+        self.dims = sum(w.numel() for w in self._weights)
+        self.one_minus_beta = min(1.0, omega / self.dims) if given is None else given
+        if estimator in ("spsa", "zo"):
+            self.one_minus_beta, self.schedule = 1.0, "constant"
+        self.steps = 0
+        self._totals: Tensor | None = None
+        self._skipped = 0
+        self._buffers = list(unwrap(model).buffers())
+        self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self._world > 1:
+            self._check_seed()
+
+    def _grouped(self, eps_bar: float | None, noise: str | None) -> list[_Group]:
+        owners: dict[int, list[QuantLayer]] = {}
+        for layer in quantized_layers(self.model).values():
+            if layer.weight.requires_grad:
+                owners.setdefault(id(layer.weight), []).append(layer)
+        groups: dict[tuple[Any, ...], _Group] = {}
+        for index, layers in enumerate(owners.values()):
+            q = layers[0].quantization
+            default = _MEZO if self.estimator == "zo" else kernel_of(q)
+            key = (q.bits, q.grid, q.mask, q.group_size, q.learned)
+            if key not in groups:
+                groups[key] = _Group(q, eps_bar or default[0], noise or default[1], [], [], [])
+            group = groups[key]
+            weight: Any = layers[0].weight
+            group.weights.append(weight)
+            group.ids.append(index)
+            group.layers.append(layers)
+        return list(groups.values())
+
+    def _check_seed(self) -> None:
+        mine = torch.tensor([self.seed >> 32, self.seed & 0xFFFFFFFF], device=self._weights[0].device)
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise ValueError(
+                f"FOGZO: `seed` must be the same on every rank, got {self.seed} here and another one elsewhere: "
+                "replicas would part."
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, for schedulers."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's own."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """The optimizer's own; what is perturbed was fixed when this was made."""
+        self.optimizer.add_param_group(group)
+
+    def noise_share(self, step: int) -> float:
+        """1 - beta at a step, in float64."""
+        if self.schedule == "constant" or self.total_steps is None:
+            return self.one_minus_beta
+        return self.one_minus_beta * min(1.0, step / self.total_steps)
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether the next step is a plain straight-through one."""
+        if self.estimator == "ste":
+            return True
+        return self.steps < self.start_frac * (self.total_steps or 0)
+
+    def step(self, closure: Callable[[], Tensor], scaler: Any = None) -> Tensor:
+        """One optimizer step.
+
+        Args:
+            closure: computes the loss of a batch and returns it: float32 or float64, one element. It may call
+                ``zero_grad`` and ``backward`` as a torch closure does, also for several micro-batches, and
+                then returns the loss that all of them make; else the backward pass is done here. It is called
+                1 + 2n times and must see the same batch each time.
+            scaler: the ``torch.amp.GradScaler`` whose scaled loss the closure backpropagates. Its gradients
+                are unscaled first; the estimate needs no scale.
+
+        Returns:
+            The loss at the current weights, detached (with ``spsa`` and ``zo`` the mean over the first pair).
+
+        Raises:
+            TypeError: the closure does not return a float32 or float64 tensor: differences of 16-bit losses
+                have three digits.
+
+        A gradient or slope that is not finite skips the update and is counted.
+        """
+        measured_only = self.estimator in ("spsa", "zo")
+        states = _random_states(self._weights[0].device)
+        loss = None if measured_only else self._base(closure)
+        if scaler is not None and not measured_only:
+            scaler.unscale_(self.optimizer)
+        if self.straight_through:
+            self._finish(None, scaler)
+            return loss  # type: ignore[return-value]
+        after = _random_states(self._weights[0].device)
+        others = self._take_gradients(measured_only)
+        pairs, difference, sqnorm = self._measure(closure, states)
+        _restore(states if loss is None else after)
+        self._write(difference, sqnorm, others)
+        finite = difference.isfinite().all() & (sqnorm.isfinite() | measured_only)
+        self._count(difference, sqnorm)
+        self._finish(bool(finite), scaler)
+        return pairs if loss is None else loss
+
+    def _base(self, closure: Callable[[], Tensor]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel must see the parameters themselves in the graph.
+        alone = self._world == 1
+        rounded: list[Tensor] = []
+        leaves: list[Tensor] = []
+        try:
+            if alone:
+                for group in self._groups:
+                    own = self._round(group)
+                    rounded += own
+                    group.use(given := [w.detach().requires_grad_() for w in own])
+                    leaves += given
+            with torch.enable_grad():
+                loss = _checked(closure())
+                trained = [p for g in self.optimizer.param_groups for p in g["params"]]
+                if all(t.grad is None for t in (*leaves, *trained)):
+                    loss.backward()
+        finally:
+            for group in self._groups:
+                group.use(None)
+        if alone:
+            grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+            torch.autograd.backward(rounded, grads)
+        return loss.detach()
+
+    def _round(self, group: _Group) -> list[Tensor]:
+        q = group.quantization
+        run = ops.implementation("fake_quantize", group.weights[0].device)
+        with torch.enable_grad():
+            out: list[Tensor] = run(
+                group.weights,
+                [owners[0].weight_scale for owners in group.layers],
+                bits=q.bits,
+                grid=q.grid,
+                mask=q.mask,
+                group_size=q.group_size,
+                scale_gradient=q.learned,
+            )
+        return out
+
+    def _take_gradients(self, empty: bool) -> list[tuple[nn.Parameter, Tensor]]:
+        """Out of reach of the closure's ``zero_grad``: what is not perturbed is returned."""
+        mine = {id(w) for w in self._weights}
+        others = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in mine:
+                    if parameter.grad is not None and not empty:
+                        others.append((parameter, parameter.grad))
+                    parameter.grad = None
+        self._grads = []
+        for weight in self._weights:
+            none = weight.grad is None or empty
+            self._grads.append(torch.zeros_like(weight) if none else weight.grad)
+            weight.grad = None
+        return others
+
+    def _of(self, group: _Group) -> list[Tensor]:
+        place = {id(w): g for w, g in zip(self._weights, self._grads, strict=True)}
+        return [place[id(w)] for w in group.weights]
+
+    @torch.no_grad()
+    def _measure(self, closure: Callable[[], Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        device = self._weights[0].device
+        sqnorm = torch.zeros((), dtype=torch.float64, device=device)
+        for group in self._groups:
+            run = ops.implementation("scaled_sqnorm", device)
+            sqnorm += run(self._of(group), group.scales(), group_size=group.quantization.group_size)
+        kept = [(b, b._version, b.clone()) for b in self._buffers]
+        differences = []
+        first: Tensor | None = None
+        try:
+            for direction in range(self.n):
+                sides = [self._perturbed(group, sqnorm, direction) for group in self._groups]
+                losses = []
+                for side in (0, 1):
+                    for group, both in zip(self._groups, sides, strict=True):
+                        group.use([w[0] for w in both[side]])
+                    _restore(states)
+                    with _no_backward():
+                        losses.append(_checked(closure()).detach().double().reshape(()))
+                differences.append(losses[0] - losses[1])
+                if first is None:
+                    first = ((losses[0] + losses[1]) / 2).float()
+        finally:
+            for group in self._groups:
+                group.use(None)
+            for weight in self._weights:
+                weight.grad = None
+            for buffer, version, value in kept:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        difference = torch.stack(differences)
+        if self._world > 1:
+            dist.all_reduce(difference)
+            difference /= self._world
+        assert first is not None
+        return first, difference, sqnorm
+
+    def _perturbed(self, group: _Group, sqnorm: Tensor, direction: int) -> tuple[list[Tensor], list[Tensor]]:
+        q = group.quantization
+        run = ops.implementation("spsa_perturb", sqnorm.device)
+        sides: tuple[list[Tensor], list[Tensor]] = run(
+            group.weights,
+            self._of(group),
+            group.scales(),
+            sqnorm,
+            seed=step_seed(self.seed, self.steps),
+            one_minus_beta=self.noise_share(self.steps),
+            eps_bar=group.eps_bar,
+            bits=q.bits,
+            grid=q.grid,
+            kind=group.noise,
+            direction=direction,
+            group_size=q.group_size,
+            tensor_ids=group.ids,
+        )
+        return sides
+
+    @torch.no_grad()
+    def _write(self, difference: Tensor, sqnorm: Tensor, others: list[tuple[nn.Parameter, Tensor]]) -> None:
+        for group in self._groups:
+            run = ops.implementation("spsa_update_", sqnorm.device)
+            run(
+                self._of(group),
+                group.scales(),
+                difference / (2 * group.eps_bar),
+                sqnorm,
+                seed=step_seed(self.seed, self.steps),
+                one_minus_beta=self.noise_share(self.steps),
+                kind=group.noise,
+                group_size=group.quantization.group_size,
+                tensor_ids=group.ids,
+            )
+        for weight, grad in zip(self._weights, self._grads, strict=True):
+            weight.grad = grad
+        self._grads = []
+        for parameter, grad in others:
+            parameter.grad = grad
+
+    def _finish(self, finite: bool | None, scaler: Any) -> None:
+        """Clip, update and count; ``finite`` is None where nobody has looked."""
+        if self.clip_grad_norm is not None:
+            mine = {id(w) for w in self._weights}
+            rest = [p for g in self.optimizer.param_groups for p in g["params"] if id(p) not in mine]
+            for part in (self._weights, rest):
+                torch.nn.utils.clip_grad_norm_(part, self.clip_grad_norm)
+        if finite is False:
+            self._skipped += 1
+            self.optimizer.zero_grad(set_to_none=True)
+        elif scaler is not None and self.estimator not in ("spsa", "zo"):
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        if scaler is not None and self.estimator not in ("spsa", "zo"):
+            scaler.update()
+        self.steps += 1
+
+    def _count(self, difference: Tensor, sqnorm: Tensor) -> None:
+        seed = step_seed(self.seed, self.steps)
+        signs = torch.tensor([direction_sign(seed, i) for i in range(self.n)], dtype=torch.float64)
+        along = difference * signs.to(difference.device)
+        eps_bar = self._groups[0].eps_bar
+        ratio = (along / (2 * eps_bar) / sqnorm.sqrt()).nan_to_num(0.0, 0.0, 0.0)
+        sums = [
+            ratio.sum(),
+            (along < 0).sum(),
+            (along == 0).sum(),
+            (along == 0).all(),
+            along.new_tensor(self.n),
+        ]
+        now = torch.stack([s.double() for s in (*sums, along.new_tensor(1.0))])
+        self._totals = now if self._totals is None else self._totals + now
+        if self.steps in (50, 500, 5000) and (share := self.stats["share_zero"]) > 0.5:
+            warnings.warn(
+                f"FOGZO: in {100 * share:.0f} % of the measurements no loss differed, so nothing was learned "
+                "from them. The radius is too small for weights to change their code: raise `eps_bar` or "
+                "`omega`, or use finer scales.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """What the measurements said so far; reading it waits for the device.
+
+        ``slope_ratio``: mean of c / ||g||, the measured slope along g over the one g promises;
+        ``share_negative`` and ``share_zero``: of directions with c < 0 and c = 0;
+        ``share_zero_steps``: of steps without any slope; ``measured_steps``; ``skipped``: steps with values
+        that were not finite.
+        """
+        values = [0.0] * 6 if self._totals is None else self._totals.tolist()
+        ratio, negative, zero, zero_steps, directions, steps = values
+        return {
+            "slope_ratio": ratio / max(directions, 1),
+            "share_negative": negative / max(directions, 1),
+            "share_zero": zero / max(directions, 1),
+            "share_zero_steps": zero_steps / max(steps, 1),
+            "measured_steps": steps,
+            "skipped": float(self._skipped),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state, step and counters: with them a run goes on in the same bits."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "seed": self.seed,
+            "skipped": self._skipped,
+            "totals": None if self._totals is None else self._totals.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state was made with another seed.
+        """
+        if state["seed"] != self.seed:
+            raise ValueError(
+                f"FOGZO: the state was made with seed {state['seed']}, this has {self.seed}; the noise would "
+                "differ. Make it with the same seed."
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self._skipped = state["steps"], state["skipped"]
+        totals = state["totals"]
+        device = self._weights[0].device
+        self._totals = None if totals is None else torch.tensor(totals, dtype=torch.float64, device=device)
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"FOGZO: the closure must return a loss tensor of one element, got {loss!r}.")
+    if loss.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"FOGZO: the loss must be float32 or float64, got {str(loss.dtype).removeprefix('torch.')}: "
+            "differences of 16-bit losses are mostly 0. Compute the loss from logits.float()."
+        )
+    return loss
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _restore(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
