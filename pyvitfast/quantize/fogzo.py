@@ -74,7 +74,7 @@ def _no_backward() -> Iterator[None]:
         return None
 
     tensor_backward, function = torch.Tensor.backward, torch.autograd.backward
-    torch.Tensor.backward, torch.autograd.backward = nothing, nothing  # type: ignore[method-assign,assignment]
+    torch.Tensor.backward, torch.autograd.backward = nothing, nothing  # type: ignore[method-assign]
     try:
         with torch.no_grad():
             yield
@@ -182,6 +182,7 @@ class FOGZO:
         self._totals: Tensor | None = None
         self._skipped = 0
         self._buffers = list(unwrap(model).buffers())
+        self._grads: list[Tensor] = []
         self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if self._world > 1:
             self._check_seed()
@@ -304,7 +305,7 @@ class FOGZO:
                 group.use(None)
         if alone:
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
-            torch.autograd.backward(rounded, grads)
+            torch.autograd.backward(rounded, grads)  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _round(self, group: _Group) -> list[Tensor]:
@@ -334,8 +335,8 @@ class FOGZO:
                     parameter.grad = None
         self._grads = []
         for weight in self._weights:
-            none = weight.grad is None or empty
-            self._grads.append(torch.zeros_like(weight) if none else weight.grad)
+            grad = None if empty else weight.grad
+            self._grads.append(torch.zeros_like(weight) if grad is None else grad)
             weight.grad = None
         return others
 
