@@ -101,8 +101,8 @@ class FOGZO:
             and no backward pass; ``zo``: the same with Gaussian noise and a small fixed radius, after MeZO.
             With the last two only quantised weights are trained.
         n: directions a step; each costs two forward passes.
-        omega: energy of the noise in a direction, (1 - beta) d for d perturbed weights; that of g is 1. 0.1 to
-            10 are sensible.
+        omega: energy of the noise in a direction, (1 - beta) d for d perturbed weights; that of g is 1. From
+            0.1 to 10 is sensible.
         one_minus_beta: that share itself, in place of ``omega``. Not beta: 1 - 1e-9 is 1 in float32.
         schedule: ``linear`` lets 1 - beta grow from 0 to its value over ``total_steps``; ``constant``.
         total_steps: optimizer steps of the training; needed by ``linear`` and ``start_frac``. Without it the
@@ -117,9 +117,9 @@ class FOGZO:
     Raises:
         ValueError: a value out of its range, or no quantised weight that is trained.
 
-    Scales (learned by LSQ or not) are fixed during the measurements, which take place in coordinates divided by
-    them; learned scales and all other parameters keep their backpropagated gradients. Both are our choices.
-    Dropout and drop path are replayed in each measurement; running statistics are put back.
+    Scales, learned or not, are fixed during the measurements, which take place in coordinates divided by them;
+    learned scales and all other parameters keep their backpropagated gradients. Both are our choices. Dropout and drop path are replayed
+    in each measurement; running statistics are put back.
 
     Weight decay: decoupled (AdamW) acts as ever; coupled L2 is added to G by the optimizer.
 
@@ -213,8 +213,8 @@ class FOGZO:
         dist.all_reduce(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise ValueError(
-                f"FOGZO: `seed` must be the same on every rank, got {self.seed} here and another one elsewhere: "
-                "replicas would part."
+                f"FOGZO: `seed` must be the same on every rank, got {self.seed} here and another one "
+                "elsewhere: replicas would part."
             )
 
     @property
@@ -299,13 +299,13 @@ class FOGZO:
                 loss = _checked(closure())
                 trained = [p for g in self.optimizer.param_groups for p in g["params"]]
                 if all(t.grad is None for t in (*leaves, *trained)):
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for group in self._groups:
                 group.use(None)
         if alone:
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
-            torch.autograd.backward(rounded, grads)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(rounded, grads)
         return loss.detach()
 
     def _round(self, group: _Group) -> list[Tensor]:

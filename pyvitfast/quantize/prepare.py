@@ -73,8 +73,9 @@ class QuantReport:
         inputs = "" if q.activation_bits is None else f", inputs in {q.activation_bits} bits"
         lines = [
             f"{q.bits}-bit weights ({q.grid} grid, a scale each {q.granularity}{inputs}) in "
-            f"{len(self.layers)} layers: {self.weights:,} of {self.params:,} parameters; {self.float_bytes / 1024:,.1f} KiB -> "
-            f"{self.packed_bytes / 1024:,.1f} KiB packed, {self.bits_per_weight:.2f} bits a parameter"
+            f"{len(self.layers)} layers: {self.weights:,} of {self.params:,} parameters; "
+            f"{self.float_bytes / 1024:,.1f} KiB -> {self.packed_bytes / 1024:,.1f} KiB packed, "
+            f"{self.bits_per_weight:.2f} bits a parameter"
         ]
         return "\n".join([*lines, *(f"  {name} skipped: {why}" for name, why in self.skipped.items())])
 
@@ -211,7 +212,7 @@ def prepare(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     Raises:
         ValueError: no layer fits, the model is quantised already, or a weight holds NaN or Inf.
 
-    Layers whose weight other code reads directly (``nn.MultiheadAttention``, subclasses) stay, and are reported.
+    Layers whose weight other code reads directly (``nn.MultiheadAttention``, subclasses) stay as they are.
     """
     config = config or QuantConfig()
     inner = unwrap(model)

@@ -214,7 +214,8 @@ def test_any_shape_and_stride(rows, cols, layout, dtype, granularity, quantiser)
 def test_every_instruction_set_gives_the_same_bits():
     script = (
         "import torch, pyvitfast.ops as ops; torch.manual_seed(0); out = []\n"
-        "for grid, bits, mask in (('integer', 2, 'lsq'), ('half_integer', 3, 'rounded'), ('sign', 1, 'tanh')):\n"
+        "for grid, bits, mask in ("
+        "('integer', 2, 'lsq'), ('half_integer', 3, 'rounded'), ('sign', 1, 'tanh')):\n"
         "    w, s = torch.randn(130, 77, requires_grad=True), torch.rand(130, requires_grad=True)\n"
         "    q = ops.fake_quantize([w], [s], bits=bits, grid=grid, mask=mask, scale_gradient=True)[0]\n"
         "    q.backward(torch.randn_like(q))\n"
