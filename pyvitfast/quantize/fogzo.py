@@ -117,9 +117,9 @@ class FOGZO:
     Raises:
         ValueError: a value out of its range, or no quantised weight that is trained.
 
-    Scales, learned or not, are fixed during the measurements, which take place in coordinates divided by them;
-    learned scales and all other parameters keep their backpropagated gradients. Both are our choices. Dropout and drop path are replayed
-    in each measurement; running statistics are put back.
+    Scales, learned or not, are fixed during the measurements, which take place in coordinates divided by
+    them; learned scales and all other parameters keep their backpropagated gradients. Both are our choices.
+    Dropout and drop path are replayed in each measurement; running statistics are put back.
 
     Weight decay: decoupled (AdamW) acts as ever; coupled L2 is added to G by the optimizer.
 
@@ -351,7 +351,7 @@ class FOGZO:
         for group in self._groups:
             run = ops.implementation("scaled_sqnorm", device)
             sqnorm += run(self._of(group), group.scales(), group_size=group.quantization.group_size)
-        kept = [(b, b._version, b.clone()) for b in self._buffers]
+        kept = [buffer.clone() for buffer in self._buffers]
         differences = []
         first: Tensor | None = None
         try:
@@ -372,9 +372,8 @@ class FOGZO:
                 group.use(None)
             for weight in self._weights:
                 weight.grad = None
-            for buffer, version, value in kept:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, value in zip(self._buffers, kept, strict=True):
+                buffer.copy_(value)
         difference = torch.stack(differences)
         if self._world > 1:
             dist.all_reduce(difference)
