@@ -15,16 +15,19 @@ from pyvitfast import ops, reference
 
 
 def naive(weights: list[Tensor], grads: list[Tensor], alpha: float, slope: Tensor) -> list[Tensor]:
-    """Norm, perturbed weights of both signs and update as a loop over tensors that keeps its directions."""
+    """Norm, perturbed weights of both signs and update as a loop over tensors.
+
+    Both signs are kept, as a forward pass needs all layers of one at once.
+    """
     norm = torch.stack([(alpha * g).norm() for g in grads]).norm()
-    directions = []
+    directions, sides = [], []
     for w, g in zip(weights, grads, strict=True):
         v = (1 - SHARE) ** 0.5 * (alpha * g / norm) + SHARE**0.5 * torch.randn_like(w)
         directions.append(v)
         for sign in (1, -1):
             moved = w + sign * EPS_BAR * alpha * v
-            ((moved / alpha - 0.5).round().clamp(-2, 1) + 0.5) * alpha
-    return [slope * v / alpha for v in directions]
+            sides.append(((moved / alpha - 0.5).round().clamp(-2, 1) + 0.5) * alpha)
+    return [*sides, *(slope * v / alpha for v in directions)]
 
 
 def with_foreach(weights: list[Tensor], grads: list[Tensor], alpha: float, slope: Tensor) -> list[Tensor]:
@@ -33,6 +36,7 @@ def with_foreach(weights: list[Tensor], grads: list[Tensor], alpha: float, slope
     v = [torch.randn_like(w) for w in weights]
     torch._foreach_mul_(v, SHARE**0.5)
     torch._foreach_add_(v, torch._foreach_mul(grads, (1 - SHARE) ** 0.5 * alpha / norm))
+    sides = []
     for sign in (1, -1):
         q = torch._foreach_add(weights, v, alpha=sign * EPS_BAR * alpha)
         torch._foreach_div_(q, alpha)
@@ -42,8 +46,9 @@ def with_foreach(weights: list[Tensor], grads: list[Tensor], alpha: float, slope
         torch._foreach_clamp_max_(q, 1)
         torch._foreach_add_(q, 0.5)
         torch._foreach_mul_(q, alpha)
-    torch._foreach_mul_(v, slope / alpha)
-    return v
+        sides += q
+    torch._foreach_mul_(v, (slope / alpha)[0])
+    return [*sides, *v]
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
