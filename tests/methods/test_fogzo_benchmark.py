@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import torch
 
-from benchmarks.papers.fogzo import least_squares
+from benchmarks.papers.fogzo import cost, least_squares, networks
 from benchmarks.papers.fogzo.least_squares import Arm, claims, final_loss, problem
 
 
@@ -39,3 +41,26 @@ def test_claims_compare_the_best_of_each_arm():
         row("n-SPSA, equal compute", 15.0),
     ]
     assert [c["held"] for c in claims(rows)] == [True, True, False, True]
+
+
+def test_every_network_trains_in_every_arm():
+    for name, task in networks.TASKS.items():
+        for arm in networks.ARMS:
+            loss, score = networks.final(name, arm, task.rates[0], 0, 0.03)
+            assert math.isfinite(loss), (name, arm)
+            assert math.isfinite(score), (name, arm)
+
+
+def test_ratio_at_equal_loss():
+    def row(arm, forwards, loss):
+        return {"arm": arm, "forwards": forwards, "loss": loss}
+
+    spsa = [row("spsa n=1", 3000, 9.0), row("spsa n=4", 1500, 12.0)]
+    assert least_squares.equal_loss([*spsa, row("fogzo n=1", 1500, 8.0), row("fogzo n=4", 500, 10.0)]) == 2
+    assert least_squares.equal_loss([*spsa, row("fogzo n=1", 1500, 10.0)]) is None
+
+
+def test_cost_compares_steps_that_learn():
+    rows = cost.run((2,), seconds=0.1)
+    assert [row["arm"] for row in rows] == ["STE", "FOGZO n=1", "FOGZO n=4", "n-SPSA n=1"]
+    assert rows[0]["ratio"] == 1

@@ -29,6 +29,7 @@ class Arm:
         omega: energy of the noise.
         start: share of straight-through steps at the beginning.
         rates: learning rates to tune over with ``--quick``.
+        directions: measured a step.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     omega: float = 1.0
     start: float = 0.0
     rates: tuple[float, ...] = RATES
+    directions: int = 1
 
 
 ARMS = (
@@ -87,6 +89,7 @@ def final_loss(arm: Arm, rate: float, index: int, seed: int, decay: bool, spiked
         omega=arm.omega,
         total_steps=arm.steps,
         start_frac=arm.start,
+        n=arm.directions,
         seed=seed,
     )
 
@@ -174,3 +177,32 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {"claim": text, "measured": value, "held": value * sign <= bar * sign}
         for text, value, bar, sign in ratios
     ]
+
+
+def sweep(problems: int, watch: Callable[[Iterable[float], int], Iterable[float]]) -> list[dict[str, Any]]:
+    """E4: loss by total forward passes for n-SPSA and FOGZO with n directions, at rates fixed in advance."""
+    rows = []
+    for estimator, n, rate in (
+        ("spsa", 1, 0.03),
+        ("spsa", 4, 0.06),
+        ("spsa", 16, 0.1),
+        ("spsa", 64, 0.1),
+        ("fogzo", 1, 0.1),
+        ("fogzo", 4, 0.1),
+    ):
+        for forwards in (1500, 3000, 6000, 12_000):
+            # A backward pass counts as two forward ones.
+            steps = forwards // (2 * n + (3 if estimator == "fogzo" else 0))
+            arm = Arm(f"{estimator} n={n}", estimator, max(steps, 10), directions=n)
+            jobs = [(arm, rate, index, 0, True, True, 2) for index in range(problems)]
+            with ProcessPoolExecutor(2) as pool:
+                losses = list(watch(pool.map(_one, jobs), len(jobs)))
+            rows.append({"arm": arm.name, "forwards": forwards, "loss": statistics.mean(losses)})
+    return rows
+
+
+def equal_loss(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Forward passes of the best n-SPSA over those of FOGZO at the least loss that n-SPSA reached."""
+    spsa = min((row for row in rows if row["arm"].startswith("spsa")), key=lambda row: row["loss"])
+    ours = [r for r in rows if r["arm"].startswith("fogzo") and r["loss"] <= spsa["loss"]]
+    return spsa["forwards"] / min(r["forwards"] for r in ours) if ours else None
