@@ -11,9 +11,13 @@
 #include "build_info.h"
 #include "cpu_capability.h"
 #include "fma_loop.h"
+#include "ops/fake_quantize/fake_quantize.h"
 #include "ops/linear_cross_attention/linear_cross_attention.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
+#include "ops/scaled_sqnorm/scaled_sqnorm.h"
+#include "ops/spsa_perturb/spsa_perturb.h"
+#include "ops/spsa_update_/spsa_update_.h"
 #include "ops/structured_gather/structured_gather.h"
 #include "ops/structured_zero_/structured_zero_.h"
 
@@ -66,16 +70,20 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
         }
         return plan(splits > 1 ? 7 : 6, blocks, kCrossAttentionThreads, shared, least);
     }
-    if (op != "saliency_rowcol" && op != "saliency_commit_" && op != "structured_zero_" &&
-        op != "structured_gather") {
-        throw py::value_error("launch_plan: unknown op '" + op + "'");
-    }
     int64_t blocks = 0;
     int64_t elements = 0;
     int64_t edges = 0;
+    int64_t norm_blocks = 0;
+    int64_t perturb_blocks = 0;
+    int64_t update_blocks = 0;
+    int64_t quantize_blocks = 0;
     for (const auto& [rows, cols] : shapes) {
         elements += rows * cols;
         edges += rows + cols;
+        norm_blocks += sqnorm_blocks(rows * cols);
+        perturb_blocks += perturb_tiles(rows * cols, 0);
+        update_blocks += update_tiles(rows * cols, 0);
+        quantize_blocks += quantize_tiles(rows * cols);
         if (op == "saliency_rowcol") {
             blocks += std::max<int64_t>(saliency_row_tiles(rows) * saliency_col_tiles(cols), 1);
         } else if (op == "structured_zero_") {
@@ -85,6 +93,22 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
         } else {
             blocks += commit_blocks(rows * cols);
         }
+    }
+    if (op == "scaled_sqnorm") {
+        return plan(launches(shapes.size(), kMaxSqnormTensors), norm_blocks, kSqnormThreads, 4,
+                    4 * elements);
+    }
+    if (op == "spsa_perturb") {
+        return plan(launches(shapes.size(), kMaxPerturbTensors), perturb_blocks, kPerturbThreads, 4,
+                    16 * elements);
+    }
+    if (op == "spsa_update_") {
+        return plan(launches(shapes.size(), kMaxUpdateTensors), update_blocks, kUpdateThreads, 8,
+                    8 * elements);
+    }
+    if (op == "fake_quantize") {
+        return plan(launches(shapes.size(), kMaxQuantizeTensors), quantize_blocks, kQuantizeThreads,
+                    0, 8 * elements);
     }
     if (op == "saliency_rowcol") {
         const int64_t shared = kSaliencyCudaThreads / 32 * kSaliencyCudaTileRows * 4 + 4;
@@ -98,6 +122,9 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
     if (op == "structured_gather") {
         return plan(launches(shapes.size(), kMaxGatherTensors), blocks, kGatherThreads, 0,
                     8 * elements);
+    }
+    if (op != "saliency_commit_") {
+        throw py::value_error("launch_plan: unknown op '" + op + "'");
     }
     return plan(2, blocks, kCommitThreads, 0, 12 * elements);
 }
@@ -144,5 +171,7 @@ PYBIND11_MODULE(_C, m) {
           "commit_: the "
           "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
           "64 wide; "
-          "blocks, bytes and dynamic shared memory are those of the kernel that reads the tokens.");
+          "blocks, bytes and dynamic shared memory are those of the kernel that reads the tokens. "
+          "scaled_sqnorm, spsa_perturb, spsa_update_, fake_quantize: one scale a tensor, one "
+          "direction, float32 levels, forward only.");
 }

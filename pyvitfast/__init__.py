@@ -13,9 +13,21 @@ _PUBLIC = {
     "load": "pyvitfast.models.checkpoint",
     "summary": "pyvitfast.models.summary",
 }
-_SUBPACKAGES = ("models", "ops", "prune", "reference", "report", "train")
+_SUBPACKAGES = ("models", "ops", "prune", "quantize", "reference", "report", "train")
 
-__all__ = ["__version__", "load", "models", "ops", "prune", "reference", "report", "save", "summary", "train"]
+__all__ = [
+    "__version__",
+    "load",
+    "models",
+    "ops",
+    "prune",
+    "quantize",
+    "reference",
+    "report",
+    "save",
+    "summary",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,16 @@ Preset = Annotated[str | None, typer.Option(help="paper or nvit_repo.")]
 PruneLr = Annotated[float | None, typer.Option(help="Constant learning rate while pruning.")]
 FinetuneEpochs = Annotated[int | None, typer.Option(help="Epochs after compaction or sparsification.")]
 FinetuneLr = Annotated[float | None, typer.Option(help="Peak learning rate in them.")]
+WeightBits = Annotated[int | None, typer.Option(help="Bits of a weight, 1 to 8.")]
+ActivationBits = Annotated[int | None, typer.Option(help="Bits of the inputs of these layers.")]
+Granularity = Annotated[str | None, typer.Option(help="What shares a scale: tensor, channel or group.")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns in a group.")]
+Grid = Annotated[str | None, typer.Option(help="integer, half_integer or sign.  [default: by the bits]")]
+Scale = Annotated[str | None, typer.Option(help="Rule for the scales: lsq, absmax, mse or fixed.")]
+Estimator = Annotated[str | None, typer.Option(help="Gradients: fogzo, ste, spsa or zo.")]
+Directions = Annotated[int | None, typer.Option(help="Measured at each step, two forward passes each.")]
+Omega = Annotated[float | None, typer.Option(help="Energy of the noise in a direction.")]
+StartFrac = Annotated[float | None, typer.Option(help="Part of the steps taken straight-through first.")]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -284,6 +294,55 @@ def sparsify(
     from pyvitfast.train import sparsify as job
 
     _run("sparsify", job, parameters)
+
+
+@verb
+def quantize(
+    model: Model = None,
+    data: DataSpec = None,
+    out: Out = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    granularity: Granularity = None,
+    group_size: GroupSize = None,
+    grid: Grid = None,
+    scale: Scale = None,
+    estimator: Estimator = None,
+    directions: Directions = None,
+    omega: Omega = None,
+    start_frac: StartFrac = None,
+    epochs: Epochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    finetune_lr: FinetuneLr = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    imbalance: Imbalance = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Train with weights of few bits, corrected by FOGZO, and pack them.
+
+    A model from a file is quantised at once; a timm name is trained first.
+    """
+    parameters = dict(locals())
+    from pyvitfast.train import quantize as job
+
+    _run("quantize", job, parameters)
 
 
 @verb

@@ -23,6 +23,7 @@ from pyvitfast.models.architecture import Config, config_of
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import unwrap
+from pyvitfast.models.quantized import describe_layers, rebuild_layers
 from pyvitfast.models.swin_config import SwinConfig
 
 FORMAT_VERSION = 1
@@ -40,11 +41,18 @@ def _jsonable(value: Any) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """How to rebuild ``model``: an explicit ViT architecture, else a timm name with its arguments.
+    """How to rebuild ``model``: an explicit ViT architecture, else a timm name with its arguments; and which
+    of its layers are quantised.
 
     Raises:
         NotImplementedError: neither is known.
     """
+    if quantised := describe_layers(model):
+        return {"kind": "quantized", "base": _describe_float(model), **quantised}
+    return _describe_float(model)
+
+
+def _describe_float(model: nn.Module) -> dict[str, Any]:
     try:
         config = config_of(model)
         return {"kind": _KINDS[type(config)], "config": config.to_dict()}
@@ -69,8 +77,11 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     if architecture["kind"] == "timm":
         model: nn.Module = timm.create_model(architecture["name"], **architecture["arguments"])
         return model
+    if architecture["kind"] == "quantized":
+        return rebuild_layers(build(architecture["base"]), architecture["packed"], architecture["layers"])
     raise ValueError(
-        f"load: architecture kind must be 'vit', 'swin', 'crossvit' or 'timm', got {architecture['kind']!r}."
+        f"load: architecture kind must be 'vit', 'swin', 'crossvit', 'timm' or 'quantized', "
+        f"got {architecture['kind']!r}."
     )
 
 

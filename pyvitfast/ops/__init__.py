@@ -14,19 +14,30 @@ from pyvitfast._version import __version__
 
 STATUS = _lib.load(__version__)
 
+from pyvitfast.ops.fake_quantize import fake_quantize  # noqa: E402
 from pyvitfast.ops.linear_cross_attention import linear_cross_attention  # noqa: E402
 from pyvitfast.ops.saliency_commit_ import saliency_commit_  # noqa: E402
 from pyvitfast.ops.saliency_rowcol import saliency_rowcol  # noqa: E402
+from pyvitfast.ops.scaled_sqnorm import scaled_sqnorm  # noqa: E402
+from pyvitfast.ops.spsa_perturb import spsa_perturb  # noqa: E402
+from pyvitfast.ops.spsa_update_ import spsa_update_  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
 from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
 
 __all__ = [
+    "fake_quantize",
     "linear_cross_attention",
     "saliency_commit_",
     "saliency_rowcol",
+    "scaled_sqnorm",
+    "spsa_perturb",
+    "spsa_update_",
     "structured_gather",
     "structured_zero_",
 ]
+
+
+_COMPILED: dict[str, Callable[..., Any]] = {name: globals()[name] for name in __all__}
 
 
 def available(name: str, device: str | torch.device = "cpu") -> bool:
@@ -63,7 +74,6 @@ def implementation(name: str, device: str | torch.device) -> Callable[..., Any]:
     The methods call ops through this, so that they also work without a binary.
     """
     if available(name, device):
-        function: Callable[..., Any] = globals()[name]
-        return function
+        return _COMPILED[name]
     kind = torch.device(device).type
     return _reference(name, STATUS.reasons.get(kind, f"there is no kernel for device {kind!r}"))

@@ -45,11 +45,11 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """
     if compute_dtype([a, b, c]) == torch.float64:
         return a * b + c
-    product, addend = torch.broadcast_tensors(a.double() * b.double(), c.double())
+    product, addend = a.double() * b.double(), c.double()
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)
-    bits = total.view(torch.int64) if total.is_contiguous() else total.contiguous().view(torch.int64)
+    bits = total.contiguous().view(torch.int64)
     inexact = (error != 0) & (bits & 1 == 0) & total.isfinite()
     away = (error > 0) == (total > 0)
     bits = torch.where(inexact, torch.where(away, bits + 1, bits - 1), bits)

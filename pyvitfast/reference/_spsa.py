@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,15 +11,16 @@ from torch import Tensor
 from pyvitfast.reference._quantizer import fused_multiply_add
 
 NOISES = ("uniform", "rademacher", "triangular", "logistic", "normal")
+_Word = TypeVar("_Word", int, Tensor)
 _MASK = 0xFFFFFFFF
 _SQRT3, _SQRT6 = 1.7320507764816284, 2.4494898319244385  # rounded to float32
 _LOGISTIC = math.pi / math.sqrt(12)
 
 
-def philox(counter: list[Tensor], seed: int, rounds: int = 10) -> list[Tensor]:
-    """Four words of 32 bits, as int64, for each counter of four words."""
+def philox(counter: list[_Word], seed: int, rounds: int = 10) -> list[_Word]:
+    """Four words of 32 bits, as ints or int64 tensors, for each counter of four such words."""
 
-    def multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    def multiply(factor: int, word: _Word) -> tuple[_Word, _Word]:
         upper = factor * (word >> 16) + (factor * (word & 0xFFFF) >> 16)
         return upper >> 16, (factor * word) & _MASK
 
@@ -62,14 +64,14 @@ def noise(
     if kind == "uniform":
         return f * _SQRT3
     if kind == "triangular":
-        return torch.copysign((1 - (1 - f.abs()).sqrt()) * _SQRT6, f)
+        # Through float64: torch's float32 root is not always the nearest.
+        return torch.copysign((1 - (1 - f.abs()).double().sqrt().float()) * _SQRT6, f)
     return (f.double().atanh() / _LOGISTIC).float()
 
 
 def direction_sign(seed: int, direction: int) -> float:
     """The fair coin of a direction, 1 or -1."""
-    counter = [torch.tensor(word) for word in (_MASK, _MASK, _MASK, direction & _MASK)]
-    return -1.0 if int(philox(counter, seed)[0]) >> 31 else 1.0
+    return -1.0 if philox([_MASK, _MASK, _MASK, direction & _MASK], seed)[0] >> 31 else 1.0
 
 
 def direction_of(

@@ -3,6 +3,7 @@
 from pyvitfast.train.data import Data, long_tail_indices, open_data
 from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.loop import Accuracy
+from pyvitfast.train.quantize import quantize
 from pyvitfast.train.run import Outcome, evaluate_model, prune, train
 from pyvitfast.train.settings import Settings, resolve
 from pyvitfast.train.sparsify import sparsify
@@ -18,6 +19,7 @@ __all__ = [
     "long_tail_indices",
     "open_data",
     "prune",
+    "quantize",
     "resolve",
     "sparsify",
     "train",

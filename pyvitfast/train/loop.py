@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from pyvitfast.prune import NViTPruner
+from pyvitfast.quantize import FOGZO
 from pyvitfast.train.data import Data, EpochBatches, make_loader
 from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.folder import RunFolder
@@ -187,6 +188,7 @@ class Loop:
         state: dict[str, Any] | None = None,
         teachers: Teachers | None = None,
         after_update: Callable[[], None] | None = None,
+        measured: Callable[[Any, nn.Module], FOGZO] | None = None,
     ) -> Accuracy:
         """Train ``model`` through ``stage``.
 
@@ -198,6 +200,7 @@ class Loop:
             teachers: whom to learn from besides the labels; with a pruner, from the dense model only once
                 something is removed.
             after_update: called after each optimizer update.
+            measured: makes, of the optimizer and the model as processes share it, what takes the steps.
 
         Returns:
             Test accuracy at the end of the stage.
@@ -211,8 +214,11 @@ class Loop:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         scheduler = self.schedule(optimizer, stage)
         progress = _Progress()
+        steps = measured(optimizer, wrapped) if measured is not None else None
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
+            if steps is not None:
+                steps.load_state_dict({**state["measured"], "optimizer": state["optimizer"]})
             if pruner is not None:
                 pruner.load_state_dict(state["pruner"])
             if accelerator.scaler is not None and state["scaler"]:
@@ -222,7 +228,7 @@ class Loop:
         if teachers is not None:
             teachers.attach(model, True)
         running = _Running(
-            stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress, after_update
+            stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress, after_update, steps
         )
         if state is None:
             self._save(running)
@@ -292,16 +298,23 @@ class Loop:
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)
-                loss = self._objective(running, images, labels)
-                accelerator.backward(loss)
+                if running.measured is not None:
+                    loss = self._measure(running.measured, running, images, labels)
+                else:
+                    loss = self._objective(running, images, labels)
+                    accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    self._update(running)
+                    if running.measured is None:
+                        self._update(running)
                     if running.after_update is not None:
                         running.after_update()
                     running.progress.updates += 1
                     if pruner is None or not pruner.done:
                         optimizer.zero_grad()
             yield loss.detach()
+
+    def _measure(self, steps: FOGZO, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
+        return steps.step(lambda: self._objective(running, images, labels).float())
 
     def _objective(self, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
         output, teachers = running.wrapped(images), running.teachers
@@ -357,6 +370,8 @@ class Loop:
             if self.settings.budget == "latency":
                 values["latency"] = latest["budget"]
                 left += f"  latency {100 * latest['budget']:.1f} %"
+        if running.measured is not None and running.measured.stats["measured_steps"]:
+            values |= {"measured": running.measured.stats}
         self.folder.log("epoch", **values, seconds=round(seconds, 3))
         self.reporter.say(f"{title}: loss {loss:.4f}  top-1 {accuracy.top1:.2f} %{left}  {seconds:.1f} s")
 
@@ -400,11 +415,19 @@ class Loop:
             "optimizer": running.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "pruner": running.pruner.state_dict() if running.pruner is not None else None,
+            "measured": _without_optimizer(running.measured),
             "random": randoms,
             "world": self.accelerator.num_processes,
             "results": self.results,
         }
         self.folder.checkpoint(running.model, state)
+
+
+def _without_optimizer(measured: FOGZO | None) -> dict[str, Any] | None:
+    """Its state but the optimizer's, which is saved anyway."""
+    if measured is None:
+        return None
+    return {key: value for key, value in measured.state_dict().items() if key != "optimizer"}
 
 
 @dataclass
@@ -433,6 +456,7 @@ class _Running:
     teachers: Teachers | None
     progress: _Progress
     after_update: Callable[[], None] | None = None
+    measured: FOGZO | None = None
 
     @property
     def pruned(self) -> bool:

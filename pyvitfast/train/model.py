@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import pyvitfast.models.micro  # noqa: F401  registers the micro model with timm
 from pyvitfast.models.checkpoint import describe, load
 from pyvitfast.prune.sparsity import sparse_layers
+from pyvitfast.quantize import prepare
 from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
@@ -124,3 +126,27 @@ def check_sparsity(model: nn.Module, name: str) -> None:
         sparse_layers(model)
     except ValueError as error:
         raise UserError(f"--model {name} cannot be made sparse: {error}") from error
+
+
+def check_quantization(model: nn.Module, settings: Settings) -> None:
+    """Raise UserError when ``model`` cannot be quantised as ``settings`` say, or not trained so."""
+    if settings.estimator != "ste" and settings.grad_accum_steps > 1:
+        raise UserError(
+            f"--grad-accum-steps {settings.grad_accum_steps} goes with --estimator ste only: the others "
+            "need all images of an update at once. Raise --batch-size instead."
+        )
+    if settings.estimator != "ste" and settings.amp == "fp16":
+        raise UserError("--amp fp16 goes with --estimator ste only; use --amp bf16 or no.")
+    quantise(copy.deepcopy(model), settings)
+
+
+def quantise(model: nn.Module, settings: Settings) -> None:
+    """Prepare ``model`` in place.
+
+    Raises:
+        UserError: it cannot be quantised.
+    """
+    try:
+        prepare(model, settings.quantization())
+    except ValueError as error:
+        raise UserError(f"--model {settings.model} cannot be quantised: {error}") from error

@@ -158,6 +158,8 @@ def _job(
                     make_pruner(model, settings)  # what it cannot take is told before hours of training
                 elif verb == "sparsify":
                     models.check_sparsity(model, settings.model)
+                elif verb == "quantize":
+                    models.check_quantization(model, settings)
             if not resume:
                 folder.start(settings, overwrite)
                 threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from typing import Any
 import timm.optim
 import yaml
 
+from pyvitfast.quantize import ESTIMATORS, QuantConfig
 from pyvitfast.train.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,6 +102,16 @@ class Settings:
         kl_temperature: temperature of that divergence; None takes the preset's.
         cnn_teacher: timm name (with pretrained weights) or ``.safetensors`` file of a network whose most
             likely class is learnt too while pruning and finetuning.
+        weight_bits: bits of a quantised weight, 1 to 8.
+        activation_bits: bits of the inputs of quantised layers; None leaves them.
+        granularity: what shares a scale: ``tensor``, ``channel`` or ``group``.
+        group_size: columns in a group.
+        grid: ``integer``, ``half_integer`` or ``sign``; None takes the one that suits the bits.
+        scale: rule for the scales: ``lsq``, ``absmax``, ``mse`` or ``fixed``.
+        estimator: of gradients while finetuning a quantised model: ``fogzo``, ``ste``, ``spsa`` or ``zo``.
+        directions: measured at each step; each costs two forward passes.
+        omega: energy of the noise in a direction.
+        start_frac: part of these steps taken with plain straight-through gradients first.
 
     Raises:
         UserError: a value of a wrong type or out of its range.
@@ -156,6 +167,16 @@ class Settings:
     kl_weight: float | None = None
     kl_temperature: float | None = None
     cnn_teacher: str | None = None
+    weight_bits: int = 4
+    activation_bits: int | None = None
+    granularity: str = "channel"
+    group_size: int = 0
+    grid: str | None = None
+    scale: str = "lsq"
+    estimator: str = "fogzo"
+    directions: int = 1
+    omega: float = 1.0
+    start_frac: float = 0.7
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
@@ -184,6 +205,14 @@ class Settings:
         self._need("kl_weight", "at least 0", self.kl_weight is None or self.kl_weight >= 0)
         hot = self.kl_temperature is None or self.kl_temperature > 0
         self._need("kl_temperature", "a positive number", hot)
+        self._one_of("estimator", ESTIMATORS)
+        self._need("directions", "at least 1", self.directions >= 1)
+        self._need("omega", "at least 0", self.omega >= 0)
+        self._need("start_frac", "at least 0 and below 1", 0 <= self.start_frac < 1)
+        try:
+            self.quantization()
+        except ValueError as error:
+            raise UserError(str(error).replace("QuantConfig: ", "")) from error
         self._one_of("cost_rule", COST_RULES)
         self._need("eta", "at least 0", self.eta is None or self.eta >= 0)
         self._need("eta", "0 with --cost-rule divide", not self.eta or self.cost_rule == "subtract")
@@ -196,6 +225,15 @@ class Settings:
             rule = f"whole numbers of at least 1 for {', '.join(GROUP_KINDS)}"
             good = kind in GROUP_KINDS and isinstance(size, int) and size >= 1
             self._need("group_sizes", rule, good)
+
+    def quantization(self) -> QuantConfig:
+        """What to quantise and how.
+
+        Raises:
+            ValueError: settings that do not go together.
+        """
+        names = ("weight_bits", "activation_bits", "granularity", "group_size", "grid", "scale")
+        return QuantConfig(**{name: getattr(self, name) for name in names})
 
     def _need(self, name: str, rule: str, good: bool) -> None:
         if not good:

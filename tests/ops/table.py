@@ -49,6 +49,7 @@ class OpTable:
     ``bound`` gives, from the inputs and the float64 result, how far each output may be off.
     ``mutated`` picks the tensors an in-place op writes out of its arguments.
     ``inputs`` picks the differentiable tensors out of args and kwargs; None: not differentiable.
+    ``surrogate`` says that the gradient is not the function's own, so that differences of values are not it.
     ``gradient_slack`` widens the bound of gradients that are long sums. ``casts`` says that autocast sets
     the dtype of the result.
     """
@@ -61,6 +62,7 @@ class OpTable:
     mutated: Callable[[tuple[Any, ...]], list[Tensor]] | None = None
     inputs: Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]] | None = None
     gradient_slack: float = 1.0
+    surrogate: bool = False
     casts: bool = False
 
 

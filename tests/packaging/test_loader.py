@@ -144,8 +144,14 @@ calls = {
     'saliency_rowcol': ([w], [w]), 'structured_zero_': ([w], [alive], [None]),
     'structured_gather': ([w], [None], [None]), 'saliency_commit_': (x, i, x, i, i[:0]),
     'linear_cross_attention': (w, w[:, None], *[torch.eye(3)] * 4),
+    'scaled_sqnorm': ([w], [x]), 'fake_quantize': ([w], [x]),
+    'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
 }
-options = {'linear_cross_attention': {'num_heads': 1}}
+noise = {'seed': 0, 'one_minus_beta': 0.5}
+options = {
+    'linear_cross_attention': {'num_heads': 1}, 'fake_quantize': {'bits': 2}, 'spsa_update_': noise,
+    'spsa_perturb': {**noise, 'bits': 2, 'eps_bar': 0.3},
+}
 for name in ops.__all__:
     try:
         getattr(ops, name)(*calls[name], **options.get(name, {}))

@@ -166,12 +166,14 @@ def test_info_is_yaml_with_versions_and_libraries(cli: Cli) -> None:
     assert {"lr", "mixup", "target"} <= set(listed)
 
 
-@pytest.mark.parametrize("verb", ["train", "prune", "sparsify", "eval", "summary", "export", "info"])
+@pytest.mark.parametrize(
+    "verb", ["train", "prune", "sparsify", "quantize", "eval", "summary", "export", "info"]
+)
 def test_help_of_each_verb(cli: Cli, verb: str) -> None:
     result = cli(verb, "--help")
     assert result.exit_code == 0
     assert "--debug" in result.output
-    if verb in ("train", "prune", "sparsify"):
+    if verb in ("train", "prune", "sparsify", "quantize"):
         for flag in [
             "model",
             "data",

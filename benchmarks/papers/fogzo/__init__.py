@@ -1,0 +1,1 @@
+"""FOGZO at small scale."""
