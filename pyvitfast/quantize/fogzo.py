@@ -56,8 +56,14 @@ class _Group:
     ids: list[int]
     layers: list[list[QuantLayer]]
 
+    def only(self, chosen: set[int]) -> _Group:
+        """The part whose weights have these ids."""
+        places = [i for i, w in enumerate(self.weights) if id(w) in chosen]
+        parts = ([values[i] for i in places] for values in (self.weights, self.ids, self.layers))
+        return _Group(self.quantization, self.eps_bar, self.noise, *parts)  # type: ignore[arg-type]
+
     def scales(self) -> list[Tensor]:
-        return [owners[0].weight_scale.detach().float() for owners in self.layers]
+        return [owners[0].weight_scale.detach() for owners in self.layers]
 
     def use(self, weights: list[Tensor] | None) -> None:
         """Let the layers compute with ``weights``, or with their own again."""
@@ -85,7 +91,7 @@ def _no_backward() -> Iterator[None]:
         )
 
 
-class FOGZO:
+class FOGZO(torch.optim.Optimizer):
     """Quantisation-aware training whose gradient is measured, guided by the straight-through one.
 
     A step takes the straight-through gradient g of the quantised network, then measures the loss at
@@ -115,11 +121,20 @@ class FOGZO:
         seed: of all noise; the same on every rank. A step's noise depends on (seed, step) alone.
 
     Raises:
-        ValueError: a value out of its range, or no quantised weight that is trained.
+        TypeError: a quantised weight that is not float32.
+        ValueError: a value out of its range, no quantised weight that the optimizer trains, or layers whose
+            surrogates want different radii, where ``eps_bar`` is left out.
 
-    Scales, learned or not, are fixed during the measurements, which take place in coordinates divided by
-    them; learned scales and all other parameters keep their backpropagated gradients. Both are our choices.
-    Dropout and drop path are replayed in each measurement; running statistics are put back.
+    Perturbed are the quantised weights that the optimizer holds, that require a gradient and get one:
+    freezing and unfreezing is seen in the next step. Scales, learned or not, are fixed during the
+    measurements, which take place in coordinates divided by them; learned scales and all other parameters
+    keep their backpropagated gradients. These are our choices.
+
+    Dropout and drop path are replayed in each measurement, and running statistics put back: torch's
+    generators and the buffers end as after one training pass. Python's and NumPy's generators are not
+    replayed, so draw the batch outside of the closure.
+
+    It is a torch optimizer itself, for schedulers and accelerate; accelerate's wrapper returns no loss.
 
     Weight decay: decoupled (AdamW) acts as ever; coupled L2 is added to G by the optimizer.
 
@@ -173,25 +188,23 @@ class FOGZO:
         self.clip_grad_norm = clip_grad_norm
         self._groups = self._grouped(eps_bar, noise)
         self._weights = [w for group in self._groups for w in group.weights]
-        need(bool(self._weights), "`model` must come from prepare and have a trainable quantised weight", 0)
-        self.dims = sum(w.numel() for w in self._weights)
-        self.one_minus_beta = min(1.0, omega / self.dims) if given is None else given
+        trained = "`model` must come from prepare, and `optimizer` train a quantised weight of it"
+        need(bool(self._weights) and self.dims > 0, trained, 0)
+        self._omega, self._given = omega, 1.0 if estimator in ("spsa", "zo") else given
         if estimator in ("spsa", "zo"):
-            self.one_minus_beta, self.schedule = 1.0, "constant"
+            self.schedule = "constant"
         self.steps = 0
         self._totals: Tensor | None = None
-        self._skipped = 0
-        self._buffers = list(unwrap(model).buffers())
-        self._grads: list[Tensor] = []
-        self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if self._world > 1:
+        self._measured = self._skipped = 0
+        self._norms: dict[str, Tensor] = {}
+        self._agreed = False
+        if _world() > 1:
             self._check_seed()
 
     def _grouped(self, eps_bar: float | None, noise: str | None) -> list[_Group]:
         owners: dict[int, list[QuantLayer]] = {}
         for layer in quantized_layers(self.model).values():
-            if layer.weight.requires_grad:
-                owners.setdefault(id(layer.weight), []).append(layer)
+            owners.setdefault(id(layer.weight), []).append(layer)
         groups: dict[tuple[Any, ...], _Group] = {}
         for index, layers in enumerate(owners.values()):
             q = layers[0].quantization
@@ -201,10 +214,36 @@ class FOGZO:
                 groups[key] = _Group(q, eps_bar or default[0], noise or default[1], [], [], [])
             group = groups[key]
             weight: Any = layers[0].weight
+            if weight.dtype != torch.float32:
+                raise TypeError(
+                    "FOGZO: quantised weights must be float32, got "
+                    f"{str(weight.dtype).removeprefix('torch.')}. Keep them so and use autocast."
+                )
             group.weights.append(weight)
             group.ids.append(index)
             group.layers.append(layers)
+        radii = {group.eps_bar for group in groups.values()}
+        if len(radii) > 1:
+            # One loss difference has one radius: with several, G would not be parallel to g.
+            raise ValueError(
+                "FOGZO: `eps_bar` must be given where the surrogates of the layers differ, got "
+                f"{sorted(radii)} from them."
+            )
         return list(groups.values())
+
+    @property
+    def dims(self) -> int:
+        """How many scalars are perturbed now: shared ones once, frozen ones not."""
+        return sum(w.numel() for w in self._trained())
+
+    @property
+    def one_minus_beta(self) -> float:
+        """1 - beta at the end of the training, in float64."""
+        return min(1.0, self._omega / max(1, self.dims)) if self._given is None else self._given
+
+    def _trained(self) -> list[nn.Parameter]:
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        return [w for w in self._weights if w.requires_grad and id(w) in held]
 
     def _check_seed(self) -> None:
         mine = torch.tensor([self.seed >> 32, self.seed & 0xFFFFFFFF], device=self._weights[0].device)
@@ -223,13 +262,36 @@ class FOGZO:
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         return groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The optimizer's."""
+        defaults: dict[str, Any] = self.optimizer.defaults
+        return defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's own."""
         self.optimizer.zero_grad(set_to_none)
 
-    def add_param_group(self, group: dict[str, Any]) -> None:
-        """The optimizer's own; what is perturbed was fixed when this was made."""
-        self.optimizer.add_param_group(group)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The optimizer's own; quantised weights among them are perturbed from the next step on."""
+        self.optimizer.add_param_group(param_group)
 
     def noise_share(self, step: int) -> float:
         """1 - beta at a step, in float64."""
@@ -244,7 +306,9 @@ class FOGZO:
             return True
         return self.steps < self.start_frac * (self.total_steps or 0)
 
-    def step(self, closure: Callable[[], Tensor], scaler: Any = None) -> Tensor:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor], scaler: Any = None, *, local_weight: float = 1.0
+    ) -> Tensor:
         """One optimizer step.
 
         Args:
@@ -252,8 +316,9 @@ class FOGZO:
                 ``zero_grad`` and ``backward`` as a torch closure does, also for several micro-batches, and
                 then returns the loss that all of them make; else the backward pass is done here. It is called
                 1 + 2n times and must see the same batch each time.
-            scaler: the ``torch.amp.GradScaler`` whose scaled loss the closure backpropagates. Its gradients
-                are unscaled first; the estimate needs no scale.
+            scaler: a ``torch.amp.GradScaler``; a closure that calls ``backward`` itself does so on the scaled
+                loss, and returns the plain one. Gradients are unscaled first; the estimate needs no scale.
+            local_weight: of this process's slopes in their mean over all processes.
 
         Returns:
             The loss at the current weights, detached (with ``spsa`` and ``zo`` the mean over the first pair).
@@ -261,51 +326,86 @@ class FOGZO:
         Raises:
             TypeError: the closure does not return a float32 or float64 tensor: differences of 16-bit losses
                 have three digits.
+            RuntimeError: processes whose gradients differ, in the first step.
 
-        A gradient or slope that is not finite skips the update and is counted.
+        A gradient of a quantised weight or a slope that is not finite skips the update and is counted.
         """
+        device = self._weights[0].device
         measured_only = self.estimator in ("spsa", "zo")
-        states = _random_states(self._weights[0].device)
-        loss = None if measured_only else self._base(closure)
+        states = _random_states(device)
+        loss = None if measured_only else self._base(closure, scaler)
         if scaler is not None and not measured_only:
             scaler.unscale_(self.optimizer)
-        if self.straight_through:
-            self._finish(None, scaler)
-            return loss  # type: ignore[return-value]
-        after = _random_states(self._weights[0].device)
-        others = self._take_gradients(measured_only)
-        pairs, difference, sqnorm = self._measure(closure, states)
-        _restore(states if loss is None else after)
-        self._write(difference, sqnorm, others)
-        finite = difference.isfinite().all() & (sqnorm.isfinite() | measured_only)
-        self._count(difference, sqnorm)
-        self._finish(bool(finite), scaler)
-        return pairs if loss is None else loss
+        trained = self._trained()
+        # A weight without a gradient took no part: noise would only shake it.
+        chosen = {id(w) for w in trained if measured_only or w.grad is not None}
+        groups = [part for group in self._groups if (part := group.only(chosen)).weights]
+        grads = {
+            id(w): torch.zeros_like(w) if measured_only or w.grad is None else w.grad
+            for group in groups
+            for w in group.weights
+        }
+        sqnorm = self._sqnorm(groups, grads)
+        finite = sqnorm.isfinite()
+        if not self.straight_through and groups:
+            self._agree(sqnorm)
+            after = _random_states(device)
+            others = self._take_gradients()
+            buffers = _Buffers(self.model)
 
-    def _base(self, closure: Callable[[], Tensor]) -> Tensor:
+            def replay() -> None:
+                _restore(states, device)
+                buffers.restore()
+
+            pair, difference = self._measure(closure, groups, grads, sqnorm, replay, local_weight)
+            if measured_only:
+                loss = pair
+            else:
+                _restore(after, device)
+                buffers.restore()
+                for parameter, grad in others:
+                    parameter.grad = grad
+            self._write(difference, groups, grads, sqnorm)
+            self._count(difference, sqnorm)
+            finite = finite & difference.isfinite().all()
+        assert loss is not None
+        self._finish(bool(finite), None if measured_only else scaler)
+        return loss
+
+    def _base(self, closure: Callable[[], Tensor], scaler: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel must see the parameters themselves in the graph.
-        alone = self._world == 1
+        alone = _world() == 1
         rounded: list[Tensor] = []
         leaves: list[Tensor] = []
+        owners: list[tuple[nn.Parameter, Tensor]] = []
         try:
             if alone:
                 for group in self._groups:
                     own = self._round(group)
-                    rounded += own
-                    group.use(given := [w.detach().requires_grad_() for w in own])
-                    leaves += given
+                    group.use([w.detach() for w in own])
+                    for out, weight, layers in zip(own, group.weights, group.layers, strict=True):
+                        if weight.requires_grad or layers[0].weight_scale.requires_grad:
+                            rounded.append(out)
+                            owners.append((weight, layers[0].weight_scale))
+                            leaf: Any = layers[0].quantized_weight
+                            leaves.append(leaf.requires_grad_())
             with torch.enable_grad():
                 loss = _checked(closure())
                 trained = [p for g in self.optimizer.param_groups for p in g["params"]]
                 if all(t.grad is None for t in (*leaves, *trained)):
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    (loss if scaler is None else scaler.scale(loss)).backward()
         finally:
             for group in self._groups:
                 group.use(None)
-        if alone:
+        before = [(t, t.grad) for pair in owners for t in pair]
+        if rounded:
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
             torch.autograd.backward(rounded, grads)
+        for i, leaf in enumerate(leaves):
+            if leaf.grad is None:
+                for tensor, grad in before[2 * i : 2 * i + 2]:
+                    tensor.grad = grad
         return loss.detach()
 
     def _round(self, group: _Group) -> list[Tensor]:
@@ -323,70 +423,85 @@ class FOGZO:
             )
         return out
 
-    def _take_gradients(self, empty: bool) -> list[tuple[nn.Parameter, Tensor]]:
-        """Out of reach of the closure's ``zero_grad``: what is not perturbed is returned."""
-        mine = {id(w) for w in self._weights}
-        others = []
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in mine:
-                    if parameter.grad is not None and not empty:
-                        others.append((parameter, parameter.grad))
-                    parameter.grad = None
-        self._grads = []
-        for weight in self._weights:
-            grad = None if empty else weight.grad
-            self._grads.append(torch.zeros_like(weight) if grad is None else grad)
-            weight.grad = None
-        return others
-
-    def _of(self, group: _Group) -> list[Tensor]:
-        place = {id(w): g for w, g in zip(self._weights, self._grads, strict=True)}
-        return [place[id(w)] for w in group.weights]
+    def _take_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """All gradients, out of reach of the closure's ``zero_grad``."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        taken = [(p, p.grad) for p in held]
+        for parameter in held:
+            parameter.grad = None
+        return taken
 
     @torch.no_grad()
-    def _measure(self, closure: Callable[[], Tensor], states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _sqnorm(self, groups: list[_Group], grads: dict[int, Tensor]) -> Tensor:
         device = self._weights[0].device
         sqnorm = torch.zeros((), dtype=torch.float64, device=device)
-        for group in self._groups:
-            run = ops.implementation("scaled_sqnorm", device)
-            sqnorm += run(self._of(group), group.scales(), group_size=group.quantization.group_size)
-        kept = [buffer.clone() for buffer in self._buffers]
+        if self.estimator in ("spsa", "zo"):
+            return sqnorm
+        run = ops.implementation("scaled_sqnorm", device)
+        for group in groups:
+            own = [grads[id(w)] for w in group.weights]
+            sqnorm += run(own, group.scales(), group_size=group.quantization.group_size)
+        return sqnorm
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        closure: Callable[[], Tensor],
+        groups: list[_Group],
+        grads: dict[int, Tensor],
+        sqnorm: Tensor,
+        replay: Callable[[], None],
+        local_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss of the first pair, and the difference of each."""
         differences = []
         first: Tensor | None = None
         try:
             for direction in range(self.n):
-                sides = [self._perturbed(group, sqnorm, direction) for group in self._groups]
+                sides = [self._perturbed(group, grads, sqnorm, direction) for group in groups]
                 losses = []
                 for side in (0, 1):
-                    for group, both in zip(self._groups, sides, strict=True):
+                    for group, both in zip(groups, sides, strict=True):
                         group.use([w[0] for w in both[side]])
-                    _restore(states)
+                    replay()
                     with _no_backward():
                         losses.append(_checked(closure()).detach().double().reshape(()))
                 differences.append(losses[0] - losses[1])
                 if first is None:
                     first = ((losses[0] + losses[1]) / 2).float()
         finally:
-            for group in self._groups:
+            for group in groups:
                 group.use(None)
-            for weight in self._weights:
-                weight.grad = None
-            for buffer, value in zip(self._buffers, kept, strict=True):
-                buffer.copy_(value)
         difference = torch.stack(differences)
-        if self._world > 1:
-            dist.all_reduce(difference)
-            difference /= self._world
+        if _world() > 1:
+            parts = torch.cat([difference * local_weight, difference.new_tensor([local_weight])])
+            dist.all_reduce(parts)
+            difference = parts[:-1] / parts[-1]
         assert first is not None
-        return first, difference, sqnorm
+        return first, difference
 
-    def _perturbed(self, group: _Group, sqnorm: Tensor, direction: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _agree(self, sqnorm: Tensor) -> None:
+        """Once, that the gradients were averaged: without it replicas part in silence."""
+        if self._agreed or _world() == 1:
+            return
+        lowest, highest = sqnorm.clone(), sqnorm.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if not torch.equal(lowest, highest) and bool(sqnorm.isfinite()):
+            raise RuntimeError(
+                "FOGZO: gradients must be equal on all processes, but they differ. Wrap the model in "
+                "DistributedDataParallel and call that in the closure."
+            )
+        self._agreed = True
+
+    def _perturbed(
+        self, group: _Group, grads: dict[int, Tensor], sqnorm: Tensor, direction: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
         q = group.quantization
         run = ops.implementation("spsa_perturb", sqnorm.device)
         sides: tuple[list[Tensor], list[Tensor]] = run(
             group.weights,
-            self._of(group),
+            [grads[id(w)] for w in group.weights],
             group.scales(),
             sqnorm,
             seed=step_seed(self.seed, self.steps),
@@ -402,11 +517,13 @@ class FOGZO:
         return sides
 
     @torch.no_grad()
-    def _write(self, difference: Tensor, sqnorm: Tensor, others: list[tuple[nn.Parameter, Tensor]]) -> None:
-        for group in self._groups:
+    def _write(
+        self, difference: Tensor, groups: list[_Group], grads: dict[int, Tensor], sqnorm: Tensor
+    ) -> None:
+        for group in groups:
             run = ops.implementation("spsa_update_", sqnorm.device)
             run(
-                self._of(group),
+                [grads[id(w)] for w in group.weights],
                 group.scales(),
                 difference / (2 * group.eps_bar),
                 sqnorm,
@@ -416,27 +533,25 @@ class FOGZO:
                 group_size=group.quantization.group_size,
                 tensor_ids=group.ids,
             )
-        for weight, grad in zip(self._weights, self._grads, strict=True):
-            weight.grad = grad
-        self._grads = []
-        for parameter, grad in others:
-            parameter.grad = grad
+            for weight in group.weights:
+                weight.grad = grads[id(weight)]
 
-    def _finish(self, finite: bool | None, scaler: Any) -> None:
-        """Clip, update and count; ``finite`` is None where nobody has looked."""
+    def _finish(self, finite: bool, scaler: Any) -> None:
+        """Clip, update and count."""
         if self.clip_grad_norm is not None:
-            mine = {id(w) for w in self._weights}
-            rest = [p for g in self.optimizer.param_groups for p in g["params"] if id(p) not in mine]
-            for part in (self._weights, rest):
-                torch.nn.utils.clip_grad_norm_(part, self.clip_grad_norm)
-        if finite is False:
+            mine = self._trained()
+            ids = {id(w) for w in mine}
+            rest = [p for g in self.optimizer.param_groups for p in g["params"] if id(p) not in ids]
+            for name, part in (("grad_norm", mine), ("other_grad_norm", rest)):
+                self._norms[name] = torch.nn.utils.clip_grad_norm_(part, self.clip_grad_norm)
+        if not finite:
             self._skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
-        elif scaler is not None and self.estimator not in ("spsa", "zo"):
+        elif scaler is not None:
             scaler.step(self.optimizer)
         else:
             self.optimizer.step()
-        if scaler is not None and self.estimator not in ("spsa", "zo"):
+        if scaler is not None:
             scaler.update()
         self.steps += 1
 
@@ -455,7 +570,8 @@ class FOGZO:
         ]
         now = torch.stack([s.double() for s in (*sums, along.new_tensor(1.0))])
         self._totals = now if self._totals is None else self._totals + now
-        if self.steps in (50, 500, 5000) and (share := self.stats["share_zero"]) > 0.5:
+        self._measured += 1
+        if self._measured in (50, 500, 5000) and (share := self.stats["share_zero"]) > 0.5:
             warnings.warn(
                 f"FOGZO: in {100 * share:.0f} % of the measurements no loss differed, so nothing was learned "
                 "from them. The radius is too small for weights to change their code: raise `eps_bar` or "
@@ -471,7 +587,8 @@ class FOGZO:
         ``slope_ratio``: mean of c / ||g||, the measured slope along g over the one g promises;
         ``share_negative`` and ``share_zero``: of directions with c < 0 and c = 0;
         ``share_zero_steps``: of steps without any slope; ``measured_steps``; ``skipped``: steps with values
-        that were not finite.
+        that were not finite. With ``clip_grad_norm`` also the last norms before clipping: ``grad_norm`` of
+        the quantised weights and ``other_grad_norm``.
         """
         values = [0.0] * 6 if self._totals is None else self._totals.tolist()
         ratio, negative, zero, zero_steps, directions, steps = values
@@ -482,6 +599,7 @@ class FOGZO:
             "share_zero_steps": zero_steps / max(steps, 1),
             "measured_steps": steps,
             "skipped": float(self._skipped),
+            **{name: float(norm) for name, norm in self._norms.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -491,23 +609,25 @@ class FOGZO:
             "steps": self.steps,
             "seed": self.seed,
             "skipped": self._skipped,
+            "measured": self._measured,
             "totals": None if self._totals is None else self._totals.tolist(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`.
 
         Raises:
             ValueError: the state was made with another seed.
         """
-        if state["seed"] != self.seed:
+        if state_dict["seed"] != self.seed:
             raise ValueError(
-                f"FOGZO: the state was made with seed {state['seed']}, this has {self.seed}; the noise would "
-                "differ. Make it with the same seed."
+                f"FOGZO: the state was made with seed {state_dict['seed']}, this has {self.seed}; the noise "
+                "would differ. Make it with the same seed."
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps, self._skipped = state["steps"], state["skipped"]
-        totals = state["totals"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.steps, self._skipped = state_dict["steps"], state_dict["skipped"]
+        self._measured, self._agreed = state_dict["measured"], False
+        totals = state_dict["totals"]
         device = self._weights[0].device
         self._totals = None if totals is None else torch.tensor(totals, dtype=torch.float64, device=device)
 
@@ -530,7 +650,23 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _restore(states: list[Tensor]) -> None:
+def _restore(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
+        torch.cuda.set_rng_state(states[1], device)
+
+
+class _Buffers:
+    """Buffers as they are now. All of them: batch norm writes its own without a new version."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = list(unwrap(model).buffers())
+        self._values = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        for buffer, value in zip(self._buffers, self._values, strict=True):
+            buffer.copy_(value)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

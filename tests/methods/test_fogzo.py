@@ -423,7 +423,8 @@ def test_autocast_and_losses_of_16_bits():
     assert all(layer.quantized_weight is None for layer in quantized_layers(model).values())
 
 
-def test_scaler_is_unscaled_for_the_rest_and_bypassed_by_the_estimate():
+@pytest.mark.parametrize("standard", [False, True])
+def test_scaler_is_unscaled_for_the_rest_and_bypassed_by_the_estimate(standard):
     grads = []
     for scaled in (False, True):
         model, (x, y) = mlp().eval(), batch()
@@ -432,7 +433,8 @@ def test_scaler_is_unscaled_for_the_rest_and_bypassed_by_the_estimate():
 
         def closure(model=model, scaler=scaler, x=x, y=y):
             loss = F.cross_entropy(model(x), y)
-            (scaler.scale(loss) if scaler else loss).backward()
+            if standard:
+                (scaler.scale(loss) if scaler else loss).backward()
             return loss
 
         optimizer.step(closure, scaler)
@@ -455,6 +457,235 @@ def test_a_step_calls_each_op_once(monkeypatch):
     monkeypatch.setattr(ops, "implementation", counted)
     trained(1)
     assert calls == ["fake_quantize", "scaled_sqnorm", "spsa_perturb", "spsa_update_"]
+
+
+def with_norm(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    prepare(model, QuantConfig(weight_bits=2, scale="absmax", skip=()))
+    return model, FOGZO(torch.optim.SGD(model.parameters(), lr=0.0), model, **options)
+
+
+@pytest.mark.parametrize("estimator", ["fogzo", "spsa", "zo", "ste"])
+def test_generator_and_running_statistics_move_once_a_step(estimator):
+    """Also without a backward pass: dropout must not draw the same masks in every step."""
+    x, y = batch()
+    model, optimizer = with_norm(estimator=estimator, n=2)
+    torch.manual_seed(9)
+    first = torch.get_rng_state()
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    after = torch.get_rng_state()
+    torch.manual_seed(9)
+    F.dropout(torch.ones(32, 8))
+    assert torch.equal(after, torch.get_rng_state())
+    assert not torch.equal(after, first)
+    assert model[1].num_batches_tracked == 1
+    if estimator in ("fogzo", "ste"):
+        torch.testing.assert_close(model[1].running_mean, 0.1 * model[0](x).mean(0))
+    else:
+        assert (model[1].running_mean != 0).all()
+
+
+class Counter(nn.Module):
+    """Adds what its buffer holds, which every pass moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return x * self.seen
+
+
+@pytest.mark.parametrize("estimator", ["fogzo", "spsa"])
+def test_all_measurements_start_from_the_same_buffers(estimator):
+    x, y = batch()
+    model = nn.Sequential(Counter(), mlp().eval())
+    seen = []
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        seen.append(int(model[0].seen))
+        return loss
+
+    options = {"estimator": estimator, "n": 2}
+    optimizer = FOGZO(torch.optim.SGD(model.parameters(), lr=0.0), model, **options)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert seen == {"fogzo": [1, 2, 2, 2, 2, 2, 3, 3, 3, 3], "spsa": [1, 1, 1, 1, 2, 2, 2, 2]}[estimator]
+    assert model[0].seen == 2
+
+
+def test_buffers_are_those_of_the_step():
+    """Moving a model to another device or dtype puts other tensors in their place."""
+    x, y = batch()
+    model, optimizer = with_norm()
+    model[1]._buffers = {name: value.clone() for name, value in model[1]._buffers.items()}
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert model[1].num_batches_tracked == 1
+
+
+def test_freezing_and_unfreezing_is_seen():
+    x, y = batch()
+    model = mlp()
+    optimizer = FOGZO(torch.optim.SGD(model.parameters(), lr=0.1), model, schedule="constant")
+    weight, whole = model[3].weight, optimizer.dims
+    for frozen in (True, False):
+        weight.requires_grad_(not frozen)
+        before = weight.clone()
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        assert torch.equal(before, weight) == frozen
+        assert optimizer.dims == whole - frozen * weight.numel()
+    assert optimizer.one_minus_beta == 1 / whole
+
+
+def test_noise_of_a_weight_does_not_depend_on_what_is_frozen():
+    x, y = batch()
+    grads = []
+    for frozen in (False, True):
+        model = mlp().eval()
+        model[0].weight.requires_grad_(not frozen)
+        options = {"estimator": "spsa", "n": 1}
+        FOGZO(torch.optim.SGD(model.parameters(), lr=0.0), model, **options).step(
+            lambda model=model: F.cross_entropy(model(x), y)
+        )
+        grads.append(model[3].weight.grad)
+    ratio = grads[0] / grads[1]
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio))
+
+
+def test_weights_outside_of_the_optimizer_are_left_alone():
+    x, y = batch()
+    model = mlp().eval()
+    held = [p for p in model.parameters() if p is not model[0].weight]
+    optimizer = FOGZO(torch.optim.SGD(held, lr=0.0), model, omega=0.0)
+    assert optimizer.dims == 16 * 16 + 48
+    found = []
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        found.append(model[3].weight.grad.clone())
+    assert torch.equal(*found)
+    optimizer.add_param_group({"params": [model[0].weight]})
+    assert optimizer.dims == 96 + 16 * 16 + 48
+
+
+def test_a_weight_without_a_gradient_is_not_shaken():
+    x, y = batch()
+    model = mlp(scale="lsq")
+    model.add_module("unused", copy.deepcopy(model[3]))
+    before = copy.deepcopy(model.unused)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    FOGZO(inner, model, schedule="constant").step(lambda: F.cross_entropy(model[:6](x), y))
+    assert same(before, model.unused)
+    assert model.unused.weight.grad is None and model.unused.weight_scale.grad is None
+
+
+@pytest.mark.parametrize("options", [{"estimator": "ste"}, {"start_frac": 0.5, "total_steps": 10}])
+def test_plain_steps_skip_gradients_that_are_not_finite(options):
+    model = mlp()
+    optimizer = FOGZO(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+    before = copy.deepcopy(model)
+    x, y = batch()
+    optimizer.step(lambda: F.cross_entropy(model(x), y) * float("nan"))
+    assert same(model, before)
+    assert optimizer.stats["skipped"] == 1
+
+
+def test_layers_that_want_different_radii():
+    x, y = batch()
+    first, second = (mlp(weight_bits=bits).eval() for bits in (1, 2))
+    model = nn.Sequential(first, nn.Linear(3, 6), second)
+    with pytest.raises(ValueError, match="`eps_bar` must be given where the surrogates"):
+        FOGZO(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = FOGZO(torch.optim.SGD(model.parameters(), lr=0.0), model, eps_bar=0.3, one_minus_beta=0.0)
+    weights = [layer.weight for layer in quantized_layers(model).values()]
+    straight = torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), weights)])
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    mine = torch.cat([w.grad.flatten() for w in weights])
+    assert abs(F.cosine_similarity(mine, straight, dim=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_schedulers_and_accelerate_take_it():
+    from accelerate import Accelerator
+    from timm.scheduler import CosineLRScheduler
+
+    x, y = batch()
+    model = mlp()
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = FOGZO(inner, model)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=10)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    schedule.step()
+    assert inner.param_groups[0]["lr"] == pytest.approx(0.09)
+    CosineLRScheduler(optimizer, 10, warmup_t=2, warmup_lr_init=0.01)
+    assert inner.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert optimizer.state is inner.state and optimizer.defaults is inner.defaults
+    model, prepared = Accelerator(cpu=True).prepare(model, optimizer)
+    before = copy.deepcopy(model)
+    prepared.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.steps == 2
+    assert not same(before, model)
+
+
+def test_norms_before_clipping_are_told():
+    _, optimizer, _ = trained(1, clip_grad_norm=1e-3)
+    assert optimizer.stats["grad_norm"] > 1e-3
+    assert optimizer.stats["other_grad_norm"] > 1e-3
+
+
+def test_weights_of_other_widths_are_refused():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = mlp().to(dtype)
+        with pytest.raises(TypeError, match="quantised weights must be float32"):
+            FOGZO(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+def test_smoothed_gradient_of_a_quantised_quadratic():
+    """With beta 0: E G_j = kappa_j ((H theta + b)_j + H_jj (c_j - theta_j)), c_j the nearest threshold."""
+    torch.manual_seed(1)
+    d, n, seeds = 5, 500, 12
+    root, b, theta = torch.randn(d, d), torch.randn(d), 1.5 * torch.randn(d)
+    hessian = root @ root.T
+    nearest = (theta - 0.5).round() + 0.5
+    kappa = 1.5 - 6 * (theta - nearest).square()
+    want = kappa * (hessian @ theta + b + hessian.diagonal() * (nearest - theta))
+    found = []
+    for seed in range(seeds):
+        model = one_layer(theta)
+
+        def loss(model=model):
+            q = model(torch.eye(d))[:, 0]
+            return q @ hessian @ q / 2 + b @ q
+
+        found.append(estimate(model, loss, seed=seed, one_minus_beta=1.0, n=n)[0])
+    grads = torch.stack(found).double()
+    error = grads.std(0) / math.sqrt(seeds)
+    assert ((grads.mean(0) - want).abs() <= 5 * error).all()
+    one, many = (F.cosine_similarity(g.float(), want, dim=0) for g in (grads[0], grads.mean(0)))
+    assert many > 0.98 and many >= one - 0.02
+
+
+def test_with_one_scale_it_is_the_papers_rule():
+    """v of the plain gradient, eps = alpha eps_bar, G = (L+ - L-) / (2 eps) v."""
+    scale, beta = 0.25, 0.9
+    torch.manual_seed(0)
+    w, x = 0.3 * torch.randn(40), torch.randn(64, 40)
+    model = one_layer(w, bits=2, scale=scale, grid="half_integer")
+    loss = lambda: model(x).square().mean()  # noqa: E731
+    (g,) = torch.autograd.grad(loss(), [model[0].weight])
+    key = step_seed(6, 0)
+    u = noise(key, 0, 0, 0, 40, "uniform", CPU)
+    v = math.sqrt(beta) * direction_sign(key, 0) * g[0] / g.norm() + math.sqrt(1 - beta) * u
+    eps = scale * EPS
+
+    def at(weight):
+        rounded = ((weight / scale - 0.5).round().clamp(-2, 1) + 0.5) * scale
+        return (x @ rounded).square().mean()
+
+    want = (at(w + eps * v) - at(w - eps * v)) / (2 * eps) * v
+    found, _ = estimate(model, loss, seed=6, one_minus_beta=1 - beta)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
 def test_kernels_are_those_of_the_surrogates():
@@ -533,6 +764,31 @@ def _port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def _uneven(rank, world, port, path, sizes):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = mlp().eval()
+    x, y = (t.split(sizes)[rank] for t in batch(sum(sizes)))
+    optimizer = FOGZO(torch.optim.SGD(model.parameters(), lr=0.05), model, n=3, estimator="spsa")
+    optimizer.step(lambda: F.cross_entropy(model(x), y), local_weight=sizes[rank])
+    torch.save([p.detach() for p in model.parameters()], f"{path}/{world}-{rank}.pt")
+    if world > 1:
+        guided = FOGZO(torch.optim.SGD(model.parameters(), lr=0.05), model)
+        with pytest.raises(RuntimeError, match="gradients must be equal on all processes"):
+            guided.step(lambda: F.cross_entropy(model(x), y))
+        dist.destroy_process_group()
+
+
+def test_slopes_are_weighed_and_gradients_that_were_not_averaged_refused(tmp_path):
+    _uneven(0, 1, 0, tmp_path, [32])
+    mp.spawn(_uneven, args=(2, _port(), str(tmp_path), [8, 24]), nprocs=2)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for one, a, b in zip(alone, first, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, one, rtol=2e-4, atol=2e-5)
 
 
 def test_two_processes_equal_one(tmp_path):
