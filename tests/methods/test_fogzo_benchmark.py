@@ -37,10 +37,20 @@ def test_claims_compare_the_best_of_each_arm():
         row("STE, equal compute", 20.0),
         row("FOGZO", 10.0),
         row("FOGZO", 1.0, spiked=False),
+        row("STE", 0.0, spiked=False),
+        row("FOGZO", 3.0, bits=1),
+        row("STE", 4.0, bits=1),
         row("70% STE + 30% FOGZO", 11.0),
         row("n-SPSA, equal compute", 15.0),
     ]
-    assert [c["held"] for c in claims(rows)] == [True, True, False, True]
+    assert [c["held"] for c in claims(rows)] == [True, True, False, True, True, False]
+
+
+def test_rates_are_tuned_in_two_rounds():
+    (row,) = least_squares.run([Arm("FOGZO", "fogzo", 40)], problems=2, seeds=2, decay=True)
+    assert row["lr"] in least_squares.RATES
+    assert math.isfinite(row["loss"])
+    assert row["spread"] > 0
 
 
 def test_every_network_trains_in_every_arm():

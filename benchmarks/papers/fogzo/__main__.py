@@ -33,8 +33,7 @@ PARTS = ("e1", "e4", "networks", "cost")
 
 def e1(problems: int, seeds: int, quick: bool, watch: Any) -> dict[str, Any]:
     """Run and print the least squares."""
-    arms, rows = least_squares.ARMS, []
-    plain = [arm for arm in arms if arm.name in ("STE", "FOGZO")]
+    arms, plain, rows = least_squares.ARMS, least_squares.CONTROLS, []
     for decay in (False, True):
         rows += least_squares.run(arms, problems, seeds, decay, quick=quick, watch=watch)
     rows += least_squares.run(plain, problems, seeds, False, spiked=False, quick=quick, watch=watch)
