@@ -160,7 +160,7 @@ def test_a_linear_loss_does_not_see_the_radius():
         loss = lambda model=model: (model(torch.eye(400))[:, 0] * slope).sum()  # noqa: E731
         found.append(estimate(model, loss, seed=5, one_minus_beta=0.3, eps_bar=eps_bar)[0])
     for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=0.03, atol=0)
+        torch.testing.assert_close(found[0], other, rtol=0.05, atol=0)
 
 
 def test_turning_coin_and_noise_together_changes_no_bit():
