@@ -78,6 +78,10 @@ Estimator = Annotated[str | None, typer.Option(help="Gradients: fogzo, ste, spsa
 Directions = Annotated[int | None, typer.Option(help="Measured at each step, two forward passes each.")]
 Omega = Annotated[float | None, typer.Option(help="Energy of the noise in a direction.")]
 StartFrac = Annotated[float | None, typer.Option(help="Part of the steps taken straight-through first.")]
+Compare = Annotated[
+    bool | None,
+    typer.Option("--compare/--no-compare", help="Finetune straight-through beside it, for the report."),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -311,6 +315,7 @@ def quantize(
     directions: Directions = None,
     omega: Omega = None,
     start_frac: StartFrac = None,
+    compare: Compare = None,
     epochs: Epochs = None,
     finetune_epochs: FinetuneEpochs = None,
     finetune_lr: FinetuneLr = None,

@@ -145,17 +145,21 @@ def training(path: Path, events: Sequence[Event]) -> None:
         loss_axes, top_axes = figure.subplots(1, 2)
         start = 0
         for stage, colour in _STAGES.items():
-            mine = [(i + 1, e) for i, e in enumerate(epochs) if e["stage"] == stage]
+            mine = [e for e in epochs if e["stage"] == stage]
             if not mine:
                 continue
-            numbers = [i for i, _ in mine]
-            dot = "o" if len(mine) == 1 else ""
-            loss_axes.plot(numbers, [e["train_loss"] for _, e in mine], dot or "-", color=colour, label=stage)
-            top_axes.plot(numbers, [e["top1"] for _, e in mine], dot or "-", color=colour, label=stage)
+            # Arms of a stage began at the same weights, so they share its place.
+            for arm in sorted({e.get("arm", "") for e in mine}):
+                run = [e for e in mine if e.get("arm", "") == arm]
+                numbers = [start + i + 1 for i in range(len(run))]
+                line = ("o" if len(run) == 1 else "") + ("--" if arm == "ste" else "-")
+                label = f"{stage} ({arm})" if arm else stage
+                loss_axes.plot(numbers, [e["train_loss"] for e in run], line, color=colour, label=label)
+                top_axes.plot(numbers, [e["top1"] for e in run], line, color=colour, label=label)
             if start:
                 for axes in (loss_axes, top_axes):
-                    axes.axvline(numbers[0] - 0.5, color="#cbd5e1", linewidth=1, linestyle="--")
-            start = numbers[-1]
+                    axes.axvline(start + 0.5, color="#cbd5e1", linewidth=1, linestyle="--")
+            start += max(e["epoch"] for e in mine)
         loss_axes.set_ylabel("training loss")
         top_axes.set_ylabel("test top-1 accuracy, %")
         for axes in (loss_axes, top_axes):

@@ -44,12 +44,19 @@ class Stage:
         lr: peak learning rate.
         epochs: number of epochs; None goes on until the pruner is done, at a constant learning rate.
         noise: let dropout and drop path act; with a pruner they act until its first removal in any case.
+        arm: tells apart runs of one stage that are compared; they see the same batches.
     """
 
     name: str
     lr: float
     epochs: int | None
     noise: bool = True
+    arm: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name and arm."""
+        return f"{self.name} ({self.arm})" if self.arm else self.name
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,7 @@ class Loop:
         self.batches.seed, self.batches.start = entropy, progress.batch
         started = time.perf_counter()
         loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=accelerator.device)
-        title = f"{stage.name} {epoch + 1}" + (f"/{stage.epochs}" if stage.epochs else "")
+        title = f"{stage.title} {epoch + 1}" + (f"/{stage.epochs}" if stage.epochs else "")
         self.reporter.begin(title, len(self.batches), progress.batch)
         if state is not None and progress.batch:
             set_random_state(state["random"][accelerator.process_index])
@@ -354,6 +361,7 @@ class Loop:
     ) -> None:
         values: dict[str, Any] = {
             "stage": running.stage.name,
+            **({"arm": running.stage.arm} if running.stage.arm else {}),
             "epoch": epoch + 1,
             "updates": running.progress.updates,
             "lr": running.optimizer.param_groups[0]["lr"],
@@ -411,6 +419,7 @@ class Loop:
             return
         state = {
             "stage": running.stage.name,
+            "arm": running.stage.arm,
             "progress": vars(running.progress),
             "optimizer": running.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,

@@ -16,7 +16,7 @@ from pyvitfast.train import model as models
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import DENSE
 from pyvitfast.train.loop import Stage, evaluate
-from pyvitfast.train.run import Outcome, _job, _outcome, train_dense
+from pyvitfast.train.run import Outcome, _Job, _job, _outcome, train_dense
 from pyvitfast.train.settings import Settings
 
 
@@ -40,6 +40,12 @@ def quantize(
             found, rounded = report(model), evaluate(model, job.data, s, job.accelerator)
             job.folder.log("quantized", **asdict(rounded), **found.to_dict())
             job.reporter.say(f"{found}\nrounded: top-1 {rounded.top1:.2f} %")
+        compares = s.compare and s.estimator != "ste"
+        if compares and job.arm != s.estimator:
+            straight = model if job.arm == "ste" else _prepared(job)
+            stage = Stage("finetune", s.finetune_lr, s.finetune_epochs, arm="ste")
+            loop.run(stage, straight, state=job.take_state())
+            model = _prepared(job)
         updates = max(1, len(loop.batches) // s.grad_accum_steps) * s.finetune_epochs
 
         def measured(optimizer: Any, wrapped: nn.Module) -> FOGZO:
@@ -56,7 +62,7 @@ def quantize(
             )
 
         loop.run(
-            Stage("finetune", s.finetune_lr, s.finetune_epochs),
+            Stage("finetune", s.finetune_lr, s.finetune_epochs, arm=s.estimator if compares else ""),
             model,
             state=job.take_state(),
             measured=None if s.estimator == "ste" else measured,
@@ -67,3 +73,10 @@ def quantize(
             raise UserError(f"the trained model cannot be packed: {error}") from error
         accuracy = evaluate(low.to(job.accelerator.device), job.data, s, job.accelerator)
         return _outcome(job, low, accuracy, load(job.folder.path / DENSE))
+
+
+def _prepared(job: _Job) -> nn.Module:
+    """The dense model of the folder with quantised weights."""
+    model = load(job.folder.path / DENSE)
+    models.quantise(model, job.settings)
+    return model

@@ -122,6 +122,11 @@ class _Job:
         """The stage of the checkpoint, or None at the start."""
         return self.snapshot.state["stage"] if self.snapshot else None
 
+    @property
+    def arm(self) -> str | None:
+        """The arm of that stage."""
+        return self.snapshot.state.get("arm") if self.snapshot else None
+
     def take_state(self) -> dict[str, Any] | None:
         """The checkpoint's state, for the first stage that runs only."""
         state = self.snapshot.state if self.snapshot else None

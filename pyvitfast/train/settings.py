@@ -111,6 +111,8 @@ class Settings:
         estimator: of gradients while finetuning a quantised model: ``fogzo``, ``ste``, ``spsa`` or ``zo``.
         directions: measured at each step; each costs two forward passes.
         omega: energy of the noise in a direction.
+        compare: finetune with ``ste`` beside it, from the same weights and with the same batches, for the
+            report.
         start_frac: part of these steps taken with plain straight-through gradients first.
 
     Raises:
@@ -177,6 +179,7 @@ class Settings:
     directions: int = 1
     omega: float = 1.0
     start_frac: float = 0.7
+    compare: bool = False
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)

@@ -48,3 +48,18 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "--batch-size 51 must be a multiple of the 2 processes" in stderr
+
+
+def test_two_processes_measure_the_slopes_of_one(tmp_path: Path) -> None:
+    """A last bit that differs may move a weight to another level, so losses agree to two digits."""
+    sizes = ("--epochs", 1, "--finetune-epochs", 2, "--batch-size", 100, "--start-frac", 0, "--device", "cpu")
+    for processes in (1, 2):
+        finish("quantize", *sizes, "--out", tmp_path / str(processes), processes=processes)
+    one, two = ([e for e in metrics(tmp_path / n) if e["event"] == "epoch"] for n in ("1", "2"))
+    assert [e.get("measured", {}).get("measured_steps") for e in one] == [None, 13, 26]
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.02)
+        if "measured" in a:
+            for key in ("measured_steps", "skipped"):
+                assert b["measured"][key] == a["measured"][key]
+            assert b["measured"]["slope_ratio"] == pytest.approx(a["measured"]["slope_ratio"], abs=0.05)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
@@ -64,9 +65,32 @@ def test_events_report_and_a_small_file(whole):
     assert sizes[1] < sizes[0] / 4
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatch):
+def test_the_straight_through_arm_beside_it(whole, tmp_path, cli, monkeypatch):
+    """Same start and batches: the first losses are equal, and the measured arm is as it is alone."""
     out = tmp_path / "run"
-    counts = {"left": 45}  # inside the last epoch, where slopes are measured
+    dense = str(whole[0] / "dense.safetensors")
+    options = ["--model", dense, *TINY, "--weight-bits", "2"]
+    alone = tmp_path / "alone"
+    assert cli("quantize", *options, "--out", alone).exit_code == 0
+    assert cli("quantize", *options, "--compare", "--out", out).exit_code == 0
+    epochs = [e for e in metrics(out) if e["event"] == "epoch"]
+    assert [e["arm"] for e in epochs] == ["ste", "ste", "fogzo", "fogzo"]
+    assert epochs[0]["train_loss"] == epochs[2]["train_loss"]
+    assert epochs[1]["train_loss"] != epochs[3]["train_loss"]
+    assert (alone / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+    stopped = tmp_path / "stopped"
+    with stopping_after(10, monkeypatch):
+        assert cli("quantize", *options, "--compare", "--out", stopped).exit_code == 128 + signal.SIGINT
+    assert cli("quantize", "--resume", "--out", stopped).exit_code == 0
+    again = [e for e in metrics(stopped) if e["event"] == "epoch"]
+    assert [e["train_loss"] for e in again] == [e["train_loss"] for e in epochs]
+
+
+@contextlib.contextmanager
+def stopping_after(batches, monkeypatch):
+    """A signal comes after so many batches."""
+    counts = {"left": batches}
     steps = Loop._steps
 
     def interrupted(self, running):
@@ -78,6 +102,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_steps", interrupted)
+        yield
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatch):
+    out = tmp_path / "run"
+    with stopping_after(45, monkeypatch):  # inside the last epoch, where slopes are measured
         result = cli("quantize", *TINY, "--weight-bits", "2", "--out", out)
     assert result.exit_code == 128 + signal.SIGINT, result.output
     result = cli("quantize", "--resume", "--out", out)
