@@ -23,6 +23,7 @@ from pyvitfast.ops.spsa_perturb import spsa_perturb  # noqa: E402
 from pyvitfast.ops.spsa_update_ import spsa_update_  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
 from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
+from pyvitfast.ops.tensor_ring_grow import tensor_ring_grow  # noqa: E402
 
 __all__ = [
     "fake_quantize",
@@ -34,6 +35,7 @@ __all__ = [
     "spsa_update_",
     "structured_gather",
     "structured_zero_",
+    "tensor_ring_grow",
 ]
 
 

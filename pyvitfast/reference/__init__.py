@@ -9,6 +9,7 @@ from pyvitfast.reference.spsa_perturb import spsa_perturb
 from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
+from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
 
 __all__ = [
     "fake_quantize",
@@ -20,4 +21,5 @@ __all__ = [
     "spsa_update_",
     "structured_gather",
     "structured_zero_",
+    "tensor_ring_grow",
 ]

@@ -1,0 +1,207 @@
+#pragma once
+
+// Matrix products of strided operands for the CPU kernels: blocks are copied into panels, a panel
+// of b stays in the first-level cache while those of a pass by.
+
+#include <cstdlib>
+
+#include "cpu_matmul.h"
+#include "portable/strided_product.h"
+
+namespace pyvitfast::PVF_CPU_CAPABILITY {
+
+constexpr int kPanelRows = kTallRows;
+template <typename A>
+constexpr int kPanelCols = kTallVectors* kWide<A>;
+constexpr int64_t kPanelDepth = 256;
+constexpr int64_t kBlockRows = 384;  // of a, with kPanelDepth in the second-level cache
+constexpr int64_t kBlockCols = 768;
+
+// Memory of this thread, kept for its next product as long as the thread lives.
+template <typename A>
+PVF_INLINE A* panel_memory() {
+    static thread_local void* memory = nullptr;
+    if (memory == nullptr) {
+        memory = std::aligned_alloc(4096, (kBlockRows + kBlockCols) * kPanelDepth * sizeof(double));
+    }
+    return static_cast<A*>(memory);
+}
+
+// `count` rows of kWidth elements each side by side: to[k * kWidth + r] = from[rows[r] + depths[k]].
+// What is missing to kWidth rows becomes 0.
+template <int kWidth, typename A>
+PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_t* depths,
+                     int64_t depth, A* to) {
+    bool rows_together = count == kWidth;
+    for (int r = 1; r < count; ++r) {
+        rows_together = rows_together && rows[r] == rows[r - 1] + 1;
+    }
+    if (rows_together) {
+        for (int64_t k = 0; k < depth; ++k) {
+            const A* source = from + rows[0] + depths[k];
+#pragma GCC unroll 16
+            for (int r = 0; r < kWidth; r += kWide<A>) {
+                if constexpr (kWidth % kWide<A> == 0) {
+                    store_unaligned(to + k * kWidth + r, load_wide(source + r));
+                }
+            }
+            if constexpr (kWidth % kWide<A> != 0) {
+                for (int r = 0; r < kWidth; ++r) {
+                    to[k * kWidth + r] = source[r];
+                }
+            }
+        }
+        return;
+    }
+    bool depths_together = true;
+    for (int64_t k = 1; k < depth; ++k) {
+        depths_together = depths_together && depths[k] == depths[k - 1] + 1;
+    }
+    if (count < kWidth) {
+        for (int64_t k = 0; k < depth; ++k) {
+            for (int r = count; r < kWidth; ++r) {
+                to[k * kWidth + r] = A(0);
+            }
+        }
+    }
+    if (depths_together) {
+        // Eight rows at a time: each brings a line of its own, and eight of these are in flight.
+        for (int first = 0; first < count; first += 8) {
+            const int last = count < first + 8 ? count : first + 8;
+            for (int64_t k = 0; k < depth; ++k) {
+                for (int r = first; r < last; ++r) {
+                    to[k * kWidth + r] = from[rows[r] + depths[0] + k];
+                }
+            }
+        }
+        return;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        for (int r = 0; r < count; ++r) {
+            to[k * kWidth + r] = from[rows[r] + depths[k]];
+        }
+    }
+}
+
+// The product of a panel of a and one of b.
+template <typename A>
+PVF_INLINE void multiply_panels(const A* a, const A* b, int64_t depth,
+                                Wide<A> (&sums)[kPanelRows][kTallVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTallVectors; ++v) {
+            sums[r][v] = Wide<A>{};
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        Wide<A> right[kTallVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTallVectors; ++v) {
+            right[v] = load_wide(b + v * kWide<A>);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kPanelRows; ++r) {
+            const Wide<A> left = a[r] - Wide<A>{};
+#pragma GCC unroll 4
+            for (int v = 0; v < kTallVectors; ++v) {
+                sums[r][v] = multiply_add(left, right[v], sums[r][v]);
+            }
+        }
+        a += kPanelRows;
+        b += kPanelCols<A>;
+    }
+}
+
+template <typename A>
+static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_begin,
+                         int64_t rows_end, int64_t cols_begin, int64_t cols_end) {
+    constexpr int kCols = kPanelCols<A>;
+    A* const left = panel_memory<A>();
+    A* const right = left + kBlockRows * kPanelDepth;
+    const A* a = static_cast<const A*>(p.a.data) + place_of(p.a.batch, p.batch, batch);
+    const A* b = static_cast<const A*>(p.b.data) + place_of(p.b.batch, p.batch, batch);
+    A* c = static_cast<A*>(p.c.data) + place_of(p.c.batch, p.batch, batch);
+    int64_t at_depth[kPanelDepth];
+    for (int64_t j0 = cols_begin; j0 < cols_end; j0 += kBlockCols) {
+        const int64_t j1 = cols_end < j0 + kBlockCols ? cols_end : j0 + kBlockCols;
+        for (int64_t k0 = 0; k0 < p.depth.size || k0 == 0; k0 += kPanelDepth) {
+            const int64_t depth =
+                p.depth.size - k0 < kPanelDepth ? p.depth.size - k0 : kPanelDepth;
+            const bool onto = p.accumulate || k0 > 0;
+            for (int64_t k = 0; k < depth; ++k) {
+                at_depth[k] = place_of(p.b.row, p.depth, k0 + k);
+            }
+            int64_t at[kCols];
+            for (int64_t j = j0; j < j1; j += kCols) {
+                const int count = static_cast<int>(j1 - j < kCols ? j1 - j : kCols);
+                for (int r = 0; r < count; ++r) {
+                    at[r] = place_of(p.b.col, p.cols, j + r);
+                }
+                pack<kCols>(b, at, count, at_depth, depth, right + (j - j0) * kPanelDepth);
+            }
+            for (int64_t k = 0; k < depth; ++k) {
+                at_depth[k] = place_of(p.a.col, p.depth, k0 + k);
+            }
+            for (int64_t i0 = rows_begin; i0 < rows_end; i0 += kBlockRows) {
+                const int64_t i1 = rows_end < i0 + kBlockRows ? rows_end : i0 + kBlockRows;
+                for (int64_t i = i0; i < i1; i += kPanelRows) {
+                    const int count = static_cast<int>(i1 - i < kPanelRows ? i1 - i : kPanelRows);
+                    for (int r = 0; r < count; ++r) {
+                        at[r] = place_of(p.a.row, p.rows, i + r);
+                    }
+                    pack<kPanelRows>(a, at, count, at_depth, depth, left + (i - i0) * kPanelDepth);
+                }
+                for (int64_t j = j0; j < j1; j += kCols) {
+                    const int cols = static_cast<int>(j1 - j < kCols ? j1 - j : kCols);
+                    bool together = cols == kCols;
+                    for (int r = 0; r < cols; ++r) {
+                        at[r] = place_of(p.c.col, p.cols, j + r);
+                        together = together && at[r] == at[0] + r;
+                    }
+                    for (int64_t i = i0; i < i1; i += kPanelRows) {
+                        const int rows = static_cast<int>(i1 - i < kPanelRows ? i1 - i : kPanelRows);
+                        Wide<A> sums[kPanelRows][kTallVectors];
+                        multiply_panels<A>(left + (i - i0) * kPanelDepth,
+                                           right + (j - j0) * kPanelDepth, depth, sums);
+                        if (together && rows == kPanelRows) {
+#pragma GCC unroll 8
+                            for (int r = 0; r < kPanelRows; ++r) {
+                                A* to = c + place_of(p.c.row, p.rows, i + r) + at[0];
+#pragma GCC unroll 4
+                                for (int v = 0; v < kTallVectors; ++v) {
+                                    A* place = to + v * kWide<A>;
+                                    store_unaligned(
+                                        place, onto ? load_wide(place) + sums[r][v] : sums[r][v]);
+                                }
+                            }
+                            continue;
+                        }
+                        A tile[kPanelRows][kCols];
+#pragma GCC unroll 8
+                        for (int r = 0; r < kPanelRows; ++r) {
+#pragma GCC unroll 4
+                            for (int v = 0; v < kTallVectors; ++v) {
+                                store_unaligned(&tile[r][v * kWide<A>], sums[r][v]);
+                            }
+                        }
+                        for (int r = 0; r < rows; ++r) {
+                            A* to = c + place_of(p.c.row, p.rows, i + r);
+                            for (int s = 0; s < cols; ++s) {
+                                to[at[s]] = onto ? to[at[s]] + tile[r][s] : tile[r][s];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+static void strided_product_part(const StridedProduct& p, int64_t batch, int64_t rows_begin,
+                                 int64_t rows_end, int64_t cols_begin, int64_t cols_end) {
+    const auto run = p.wide ? product_part<double> : product_part<float>;
+    run(p, batch, rows_begin, rows_end, cols_begin, cols_end);
+}
+
+}  // namespace pyvitfast::PVF_CPU_CAPABILITY

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+
+#include "portable/strided_product.h"
+
+namespace pyvitfast {
+
+// Source [layers1, slots1, out1, in1] to [layers2, slots2, out2, in2]. The cores are packed:
+// s_b [r1, slots2, slots1, r2], s_o [r2, r3, out2, out1], s_l [layers2, r4, layers1, r3],
+// s_i [r4, r1, in1, in2].
+struct RingSizes {
+    int64_t layers1, slots1, out1, in1;
+    int64_t layers2, slots2, out2, in2;
+    int64_t r1, r2, r3, r4;
+};
+
+// Slots [first, first + count) of a result: where they lie in it, in elements.
+struct RingSlots {
+    void* data;
+    int64_t first, count;
+    int64_t layer, slot, row;
+};
+
+struct RingForward {
+    RingSizes sizes;
+    const void* weight;
+    const void* s_b;
+    const void* s_o;
+    const void* s_l;
+    const void* s_i;
+    RingSlots slots[2];
+    bool wide;
+};
+
+struct TensorRingCpu {
+    StridedProductCpu products;
+    // Bytes of scratch that `rows` needs for so many rows of the target at once.
+    int64_t (*scratch)(const RingForward&, int64_t count);
+    // Rows [first, first + count) of all target matrices.
+    void (*rows)(const RingForward&, int64_t first, int64_t count, void* scratch);
+};
+
+}  // namespace pyvitfast
