@@ -12,7 +12,7 @@ namespace pyvitfast::PVF_CPU_CAPABILITY {
 
 constexpr int kPanelRows = kTallRows;
 template <typename A>
-constexpr int kPanelCols = kTallVectors* kWide<A>;
+constexpr int kPanelCols = kTallVectors * kWide<A>;
 constexpr int64_t kPanelDepth = 256;
 constexpr int64_t kBlockRows = 384;  // of a, with kPanelDepth in the second-level cache
 constexpr int64_t kBlockCols = 768;
@@ -27,8 +27,8 @@ PVF_INLINE A* panel_memory() {
     return static_cast<A*>(memory);
 }
 
-// `count` rows of kWidth elements each side by side: to[k * kWidth + r] = from[rows[r] + depths[k]].
-// What is missing to kWidth rows becomes 0.
+// `count` rows of kWidth elements each side by side: to[k * kWidth + r] = from[rows[r] +
+// depths[k]]. What is missing to kWidth rows becomes 0.
 template <int kWidth, typename A>
 PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_t* depths,
                      int64_t depth, A* to) {
@@ -83,10 +83,12 @@ PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_
     }
 }
 
-// The product of a panel of a and one of b.
-template <typename A>
+// The product of a panel of a and one of b. With `kAhead` a line from `ahead` on is asked for at
+// each step.
+template <typename A, bool kAhead = false>
 PVF_INLINE void multiply_panels(const A* a, const A* b, int64_t depth,
-                                Wide<A> (&sums)[kPanelRows][kTallVectors]) {
+                                Wide<A> (&sums)[kPanelRows][kTallVectors],
+                                const char* ahead = nullptr) {
 #pragma GCC unroll 8
     for (int r = 0; r < kPanelRows; ++r) {
 #pragma GCC unroll 4
@@ -95,6 +97,9 @@ PVF_INLINE void multiply_panels(const A* a, const A* b, int64_t depth,
         }
     }
     for (int64_t k = 0; k < depth; ++k) {
+        if constexpr (kAhead) {
+            __builtin_prefetch(ahead + k * 64, 0, 2);
+        }
         Wide<A> right[kTallVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kTallVectors; ++v) {
@@ -126,8 +131,7 @@ static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_be
     for (int64_t j0 = cols_begin; j0 < cols_end; j0 += kBlockCols) {
         const int64_t j1 = cols_end < j0 + kBlockCols ? cols_end : j0 + kBlockCols;
         for (int64_t k0 = 0; k0 < p.depth.size || k0 == 0; k0 += kPanelDepth) {
-            const int64_t depth =
-                p.depth.size - k0 < kPanelDepth ? p.depth.size - k0 : kPanelDepth;
+            const int64_t depth = p.depth.size - k0 < kPanelDepth ? p.depth.size - k0 : kPanelDepth;
             const bool onto = p.accumulate || k0 > 0;
             for (int64_t k = 0; k < depth; ++k) {
                 at_depth[k] = place_of(p.b.row, p.depth, k0 + k);
@@ -160,7 +164,8 @@ static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_be
                         together = together && at[r] == at[0] + r;
                     }
                     for (int64_t i = i0; i < i1; i += kPanelRows) {
-                        const int rows = static_cast<int>(i1 - i < kPanelRows ? i1 - i : kPanelRows);
+                        const int rows =
+                            static_cast<int>(i1 - i < kPanelRows ? i1 - i : kPanelRows);
                         Wide<A> sums[kPanelRows][kTallVectors];
                         multiply_panels<A>(left + (i - i0) * kPanelDepth,
                                            right + (j - j0) * kPanelDepth, depth, sums);

@@ -63,8 +63,8 @@ struct ProductLoader {
         PVF_UNROLL
         for (int e = 0; e < kCount; ++e) {
             const int k = k0 + depth[e];
-            values[e] = inside[e] && k < extent.size ? load(from[e] + quick_place(step, extent, k))
-                                                     : T(0);
+            values[e] =
+                inside[e] && k < extent.size ? load(from[e] + quick_place(step, extent, k)) : T(0);
         }
     }
 
@@ -149,8 +149,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kProductThreads, 1)
     for (int j = 0; j < kEach; j += kGroup) {
         const int col = first_col + j / kGroup * kTile / 2 + across * kGroup;
         // Groups do not straddle blocks, whose length divides by four in any real network.
-        const bool together = p.c.col.inner == 1 && p.cols.block % kGroup == 0 &&
-                              col + kGroup <= p.cols.size;
+        const bool together =
+            p.c.col.inner == 1 && p.cols.block % kGroup == 0 && col + kGroup <= p.cols.size;
         PVF_UNROLL
         for (int i = 0; i < kEach; ++i) {
             const int row = first_row + i / kGroup * kTile / 2 + down * kGroup + i % kGroup;

@@ -1,6 +1,7 @@
 """The ops of :mod:`pyvitfast.ops` in plain torch: same signatures, any device, any float dtype."""
 
 from pyvitfast.reference.fake_quantize import fake_quantize
+from pyvitfast.reference.kron_grow import kron_grow
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
 from pyvitfast.reference.saliency_rowcol import saliency_rowcol
@@ -13,6 +14,7 @@ from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
 
 __all__ = [
     "fake_quantize",
+    "kron_grow",
     "linear_cross_attention",
     "saliency_commit_",
     "saliency_rowcol",

@@ -70,9 +70,9 @@ Slots slots_of(const Ring& ring, const Tensor& main, const Tensor& tail, int64_t
     const RingSizes& n = ring.n;
     const int64_t kept = n.slots2 - columns;
     Slots slots{};
-    slots.part[0] = {main.data_ptr(), 0,     kept, kept * n.out2 * n.in2, n.out2 * n.in2, n.in2};
-    slots.part[1] = {tail.data_ptr(), kept,  columns, n.out2 * columns * n.in2, n.in2,
-                     columns * n.in2};
+    slots.part[0] = {main.data_ptr(), 0, kept, kept * n.out2 * n.in2, n.out2 * n.in2, n.in2};
+    slots.part[1] = {tail.data_ptr(),          kept,  columns,
+                     n.out2 * columns * n.in2, n.in2, columns * n.in2};
     return slots;
 }
 
@@ -90,7 +90,12 @@ int64_t tile_of(const Ring& ring, int64_t buffers) {
 class Tile {
    public:
     Tile(const Ring& ring, const Products& products, int64_t at, int64_t tile)
-        : ring_(ring), n_(ring.n), products_(products), at_(at), tile_(tile), cols_(tile * n_.in1) {}
+        : ring_(ring),
+          n_(ring.n),
+          products_(products),
+          at_(at),
+          tile_(tile),
+          cols_(tile * n_.in1) {}
 
     // [l, b, r2, r3, p, i]
     void first(const View& y) const {
@@ -290,6 +295,7 @@ class Tile {
     int64_t cols_;
 };
 
+#if !PVF_CPU_KERNELS
 void by_products(const Ring& ring, const Slots& slots) {
     const Products products = products_of(ring);
     const int64_t most = tile_of(ring, 2);
@@ -304,13 +310,12 @@ void by_products(const Ring& ring, const Slots& slots) {
     }
 }
 
-#if PVF_CPU_KERNELS
+#else
 // Rows of the target a thread handles at once: their part of the mixed source fits in a cache.
 int64_t rows_at_once(const Ring& ring) {
     constexpr int64_t kCached = 1 << 20;
     const RingSizes& n = ring.n;
-    const int64_t row = 48 * (ring.wide ? 8 : 4) *
-                        std::max(n.slots1 * n.r2, n.slots2 * n.r1) *
+    const int64_t row = 48 * (ring.wide ? 8 : 4) * std::max(n.slots1 * n.r2, n.slots2 * n.r1) *
                         std::max(n.layers1 * n.r3, n.layers2 * n.r4);
     return std::min<int64_t>(std::max<int64_t>(kCached / std::max<int64_t>(row, 1), 1), 16);
 }
@@ -327,11 +332,22 @@ void by_rows(const Ring& ring, const Slots& slots) {
                   ring.wide};
     const int64_t count = rows_at_once(ring);
     const int64_t groups = (ring.n.out2 + count - 1) / count;
+    const int64_t item = ring.wide ? 8 : 4;
+    const Tensor weight = empty(ring.weight, {kernels.weight_bytes(p) / item});
+    const Tensor s_i = empty(ring.weight, {kernels.s_i_bytes(p) / item});
+    const RingPanels panels{weight.data_ptr(), s_i.data_ptr()};
+    torch::stable::parallel_for(0, ring.source(), 1, [&](int64_t begin, int64_t end) {
+        kernels.pack_weight(p, panels, begin, end);
+    });
+    torch::stable::parallel_for(0, ring.n.r4 * ring.n.r1, 1, [&](int64_t begin, int64_t end) {
+        kernels.pack_s_i(p, panels, begin, end);
+    });
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        const Tensor scratch = empty(ring.weight, {kernels.scratch(p, count) / (ring.wide ? 8 : 4)});
+        const Tensor scratch = empty(ring.weight, {kernels.scratch_bytes(p, count) / item});
         for (int64_t group = begin; group < end; ++group) {
             const int64_t first = group * count;
-            kernels.rows(p, first, std::min(count, ring.n.out2 - first), scratch.data_ptr());
+            kernels.rows(p, panels, first, std::min(count, ring.n.out2 - first),
+                         scratch.data_ptr());
         }
     });
 }

@@ -33,12 +33,24 @@ struct RingForward {
     bool wide;
 };
 
+// Source and input core in the order in which the CPU kernel reads them.
+struct RingPanels {
+    void* weight;
+    void* s_i;
+};
+
 struct TensorRingCpu {
     StridedProductCpu products;
-    // Bytes of scratch that `rows` needs for so many rows of the target at once.
-    int64_t (*scratch)(const RingForward&, int64_t count);
+    // Bytes of the panels of the source, of those of s_i, and of scratch for `count` target rows.
+    int64_t (*weight_bytes)(const RingForward&);
+    int64_t (*s_i_bytes)(const RingForward&);
+    int64_t (*scratch_bytes)(const RingForward&, int64_t count);
+    // Matrices [first, last) of the source, or bonds (r4, r1) of s_i, into their panels.
+    void (*pack_weight)(const RingForward&, const RingPanels&, int64_t first, int64_t last);
+    void (*pack_s_i)(const RingForward&, const RingPanels&, int64_t first, int64_t last);
     // Rows [first, first + count) of all target matrices.
-    void (*rows)(const RingForward&, int64_t first, int64_t count, void* scratch);
+    void (*rows)(const RingForward&, const RingPanels&, int64_t first, int64_t count,
+                 void* scratch);
 };
 
 }  // namespace pyvitfast

@@ -1,0 +1,139 @@
+"""Stacked matrices made wider by two factors and deeper by a third."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvitfast.ops import _checks
+
+NAME = "kron_grow"
+NAMES = ("weight", "a", "b", "d")
+FACTORS = ("shared", "source", "target")
+
+
+def _check(tensors: tuple[Any, ...], factors: str) -> None:
+    for name, tensor in zip(NAMES, tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(tensor).__name__}.")
+        _checks.dense(NAME, name, tensor)
+        _checks.dtype_in(NAME, name, tensor, _checks.FLOATS)
+    if factors not in FACTORS[1:]:
+        raise ValueError(f"{NAME}: `factors` must be 'source' or 'target', got {factors!r}.")
+    weight, a, b, d = tensors
+    _checks.same_device(NAME, list(zip(NAMES, tensors, strict=True)))
+    if weight.ndim != 4:
+        raise ValueError(f"{NAME}: `weight` must have shape [T, L1, O1, I1], got {list(weight.shape)}.")
+    types, layers, rows, cols = weight.shape
+    if d.ndim != 3 or d.shape[0] != types or d.shape[2] != layers:
+        raise ValueError(
+            f"{NAME}: `d` must have shape [T, L2, L1] with the {types} types and {layers} layers of `weight`, "
+            f"got {list(d.shape)}."
+        )
+    if a.ndim != b.ndim or a.ndim not in (2, 3):
+        raise ValueError(
+            f"{NAME}: `a` and `b` must be matrices, or both stacks of one a layer, got {list(a.shape)} and "
+            f"{list(b.shape)}."
+        )
+    for name, factor, size, side in (("a", a, cols, "columns"), ("b", b, rows, "rows")):
+        if factor.shape[-1] != size:
+            raise ValueError(
+                f"{NAME}: `{name}` must have as many columns as `weight` has {side}, {size}, "
+                f"got {list(factor.shape)}."
+            )
+        count = layers if factors == "source" else d.shape[1]
+        if factor.ndim == 3 and factor.shape[0] != count:
+            raise ValueError(
+                f"{NAME}: `{name}` must have one matrix for each of the {count} layers of the {factors}, "
+                f"got {list(factor.shape)}."
+            )
+
+
+def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str = "source") -> Tensor:
+    r"""Widen and deepen stacks of matrices: :math:`W'_{t,m} = \sum_l D_{t,m,l}\, B\, W_{t,l}\, A^\top`.
+
+    Args:
+        weight: W, [T, L1, O1, I1]: T stacks of L1 matrices, rows and columns as in ``nn.Linear.weight``.
+            float32, bfloat16, float16 or float64.
+        a: of the columns, [I2, I1] for all matrices, or one a layer [L, I2, I1].
+        b: of the rows, [O2, O1] or [L, O2, O1], with as many dimensions as ``a``.
+        d: of the layers, [T, L2, L1].
+        factors: whose layers a stack of factors belongs to: ``source`` (applied to the small matrices, as the
+            LiGO paper writes) or ``target`` (applied after the layers are mixed, as its released code does).
+
+    Returns:
+        [T, L2, O2, I2], contiguous, in the widest dtype of the arguments. Differentiable once with respect to
+        all.
+
+    Raises:
+        TypeError: not float tensors.
+        ValueError: sizes or devices that do not fit.
+
+    Sums are float32, also for 16-bit arguments (which are converted once, and the result back), float64 for
+    float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast has no
+    effect. Shared factors are applied before or after the layers are mixed, and columns before or after rows,
+    whichever takes fewer operations. Besides inputs and outputs as much is kept as the mixed matrices take:
+    of the source's size where layers are mixed first, else of the target's with L1 layers.
+
+    Source:
+        LiGO (Wang et al., ICLR 2023), section 3; with a row selection as B and a divided one as A it is
+        Net2Net's and bert2BERT's function-preserving map.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, None]
+        >>> a = torch.tensor([[0.5, 0.0], [0.0, 1.0], [0.5, 0.0]])
+        >>> b = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> pyvitfast.ops.kron_grow(w, a, b, torch.ones(1, 1, 1))[0, 0]
+        tensor([[0.5000, 2.0000, 0.5000],
+                [1.5000, 4.0000, 1.5000],
+                [1.5000, 4.0000, 1.5000]])
+    """
+    op = _checks.call(NAME)
+    given = (weight, a, b, d)
+    _check(given, factors)
+    dtype = weight.dtype
+    for tensor in given[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, a, b, d = (t.to(wide) for t in given)
+    code = FACTORS.index(factors)
+    if a.ndim == 2:
+        a, b, code = a[None], b[None], 0
+    result: Tensor = op(weight, a, b, d, code).to(dtype)
+    return result
+
+
+def _fake(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, factors: int) -> Tensor:
+    return weight.new_empty((weight.shape[0], d.shape[1], b.shape[1], a.shape[1]))
+
+
+def _fake_backward(
+    grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, d: Tensor, factors: int, of_source: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b, d)]
+    source = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return (source if of_source else grad.new_empty(0)), made[0], made[1], made[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.factors = inputs[4]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    of_source = ctx.needs_input_grad[0]
+    slopes = torch.ops.pyvitfast.kron_grow_backward(grad, *ctx.saved_tensors, ctx.factors, of_source)
+    return (slopes[0] if of_source else None, *slopes[1:], None)
+
+
+def _refuse_second(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("kron_grow_backward: second derivatives are not supported.")
+
+
+if _checks.defined():
+    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
+    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
+    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
+    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
