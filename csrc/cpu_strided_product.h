@@ -13,8 +13,9 @@ namespace pyvitfast::PVF_CPU_CAPABILITY {
 constexpr int kPanelRows = kTallRows;
 template <typename A>
 constexpr int kPanelCols = kTallVectors * kWide<A>;
-constexpr int64_t kPanelDepth = 256;
-constexpr int64_t kBlockRows = 384;  // of a, with kPanelDepth in the second-level cache
+// So that a panel of b and one of a fit in the first-level cache together.
+constexpr int64_t kPanelDepth = 160;
+constexpr int64_t kBlockRows = 384;  // blocks fit in the second-level cache
 constexpr int64_t kBlockCols = 768;
 
 // Memory of this thread, kept for its next product as long as the thread lives.
@@ -27,35 +28,67 @@ PVF_INLINE A* panel_memory() {
     return static_cast<A*>(memory);
 }
 
+// Eight rows of kWide neighbours each, to[k * width + r] = rows[r][k]: each of three rounds
+// interleaves vectors that are four apart.
+template <typename A>
+PVF_INLINE void transpose(const A* const (&rows)[8], A* to, int64_t width) {
+    constexpr int kLength = kWide<A>;
+    typename WideOf<A>::index low{};
+    typename WideOf<A>::index high{};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLength; ++lane) {
+        low[lane] = lane / 2 + lane % 2 * kLength;
+        high[lane] = kLength / 2 + lane / 2 + lane % 2 * kLength;
+    }
+    Wide<A> now[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+        now[r] = load_wide(rows[r]);
+    }
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; ++round) {
+        Wide<A> next[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = __builtin_shuffle(now[i], now[i + 4], low);
+            next[2 * i + 1] = __builtin_shuffle(now[i], now[i + 4], high);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            now[i] = next[i];
+        }
+    }
+    if (width == 8) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            store_unaligned(to + i * kLength, now[i]);
+        }
+        return;
+    }
+    A tile[8 * kLength];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        store_unaligned(tile + i * kLength, now[i]);
+    }
+    for (int k = 0; k < kLength; ++k) {
+        std::memcpy(to + k * width, tile + k * 8, 8 * sizeof(A));
+    }
+}
+
 // `count` rows of kWidth elements each side by side: to[k * kWidth + r] = from[rows[r] +
 // depths[k]]. What is missing to kWidth rows becomes 0.
 template <int kWidth, typename A>
 PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_t* depths,
                      int64_t depth, A* to) {
-    bool rows_together = count == kWidth;
+    bool together = count == kWidth;
     for (int r = 1; r < count; ++r) {
-        rows_together = rows_together && rows[r] == rows[r - 1] + 1;
+        together = together && rows[r] == rows[r - 1] + 1;
     }
-    if (rows_together) {
+    if (together) {
         for (int64_t k = 0; k < depth; ++k) {
-            const A* source = from + rows[0] + depths[k];
-#pragma GCC unroll 16
-            for (int r = 0; r < kWidth; r += kWide<A>) {
-                if constexpr (kWidth % kWide<A> == 0) {
-                    store_unaligned(to + k * kWidth + r, load_wide(source + r));
-                }
-            }
-            if constexpr (kWidth % kWide<A> != 0) {
-                for (int r = 0; r < kWidth; ++r) {
-                    to[k * kWidth + r] = source[r];
-                }
-            }
+            std::memcpy(to + k * kWidth, from + rows[0] + depths[k], kWidth * sizeof(A));
         }
         return;
-    }
-    bool depths_together = true;
-    for (int64_t k = 1; k < depth; ++k) {
-        depths_together = depths_together && depths[k] == depths[k - 1] + 1;
     }
     if (count < kWidth) {
         for (int64_t k = 0; k < depth; ++k) {
@@ -64,22 +97,36 @@ PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_
             }
         }
     }
-    if (depths_together) {
-        // Eight rows at a time: each brings a line of its own, and eight of these are in flight.
-        for (int first = 0; first < count; first += 8) {
-            const int last = count < first + 8 ? count : first + 8;
-            for (int64_t k = 0; k < depth; ++k) {
-                for (int r = first; r < last; ++r) {
-                    to[k * kWidth + r] = from[rows[r] + depths[0] + k];
+    for (int64_t k = 0; k < depth;) {
+        int64_t end = k + 1;
+        while (end < depth && depths[end] == depths[end - 1] + 1) {
+            ++end;
+        }
+        int first = 0;
+        for (; first + 8 <= count; first += 8) {
+            const A* eight[8];
+            for (int r = 0; r < 8; ++r) {
+                eight[r] = from + rows[first + r] + depths[k];
+            }
+            int64_t at = k;
+            for (; at + kWide<A> <= end; at += kWide<A>) {
+                transpose(eight, to + at * kWidth + first, kWidth);
+                for (int r = 0; r < 8; ++r) {
+                    eight[r] += kWide<A>;
+                }
+            }
+            for (; at < end; ++at) {
+                for (int r = 0; r < 8; ++r) {
+                    to[at * kWidth + first + r] = *eight[r]++;
                 }
             }
         }
-        return;
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-        for (int r = 0; r < count; ++r) {
-            to[k * kWidth + r] = from[rows[r] + depths[k]];
+        for (int64_t at = k; at < end; ++at) {
+            for (int r = first; r < count; ++r) {
+                to[at * kWidth + r] = from[rows[r] + depths[at]];
+            }
         }
+        k = end;
     }
 }
 
@@ -128,10 +175,12 @@ static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_be
     const A* b = static_cast<const A*>(p.b.data) + place_of(p.b.batch, p.batch, batch);
     A* c = static_cast<A*>(p.c.data) + place_of(p.c.batch, p.batch, batch);
     int64_t at_depth[kPanelDepth];
+    const int64_t chunks = (p.depth.size + kPanelDepth - 1) / kPanelDepth;
+    const int64_t step = chunks > 0 ? (p.depth.size + chunks - 1) / chunks : 1;
     for (int64_t j0 = cols_begin; j0 < cols_end; j0 += kBlockCols) {
         const int64_t j1 = cols_end < j0 + kBlockCols ? cols_end : j0 + kBlockCols;
-        for (int64_t k0 = 0; k0 < p.depth.size || k0 == 0; k0 += kPanelDepth) {
-            const int64_t depth = p.depth.size - k0 < kPanelDepth ? p.depth.size - k0 : kPanelDepth;
+        for (int64_t k0 = 0; k0 < p.depth.size || k0 == 0; k0 += step) {
+            const int64_t depth = p.depth.size - k0 < step ? p.depth.size - k0 : step;
             const bool onto = p.accumulate || k0 > 0;
             for (int64_t k = 0; k < depth; ++k) {
                 at_depth[k] = place_of(p.b.row, p.depth, k0 + k);
