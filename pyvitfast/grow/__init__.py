@@ -1,0 +1,26 @@
+"""Larger Vision Transformers from smaller trained ones."""
+
+from pyvitfast.grow.fixed import Growth
+from pyvitfast.grow.grow import METHODS, GrowthReport, grow, report
+from pyvitfast.grow.layout import Layout, Stacked, stack_vit, unstack_vit
+from pyvitfast.grow.pair import check_pair
+from pyvitfast.grow.rules import IndexMap, LayerMap, advanced_expand, expand, random_map, round_robin
+
+__all__ = [
+    "METHODS",
+    "Growth",
+    "GrowthReport",
+    "IndexMap",
+    "LayerMap",
+    "Layout",
+    "Stacked",
+    "advanced_expand",
+    "check_pair",
+    "expand",
+    "grow",
+    "random_map",
+    "report",
+    "round_robin",
+    "stack_vit",
+    "unstack_vit",
+]
