@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ class Growth:
             if key.startswith(f"{stage.prefix}."):
                 number, _, rest = key.removeprefix(f"{stage.prefix}.").partition(".")
                 layer = layers.index[int(number)]
-                names = [f"{old.prefix}.{l}.{rest}" for l in (layer, min(layer + 1, old.depth - 1))]
+                names = [f"{old.prefix}.{i}.{rest}" for i in (layer, min(layer + 1, old.depth - 1))]
                 return names[0], names[1], layers.inserted[int(number)]
         return key, key, False
 
@@ -170,9 +171,7 @@ def _tensor(growth: Growth, key: str, p: Parameter, generator: torch.Generator) 
     return grown
 
 
-def _linear(
-    growth: Growth, name: str, after: str, out: IndexMap | None, into: IndexMap | None
-) -> Tensor:
+def _linear(growth: Growth, name: str, after: str, out: IndexMap | None, into: IndexMap | None) -> Tensor:
     tensor, following = growth.state[name], growth.state[after]
     if after != name and out is not None:
         if into is None:
@@ -192,7 +191,7 @@ def _linear(
 
 def _scaled_queries(growth: Growth, key: str, grown: Tensor) -> Tensor:
     for old, stage in zip(growth.source.stages, growth.target.stages, strict=True):
-        factor = (old.head_dim / stage.head_dim) ** 0.5
+        factor = math.sqrt(old.head_dim / stage.head_dim)
         if factor == 1 or not key.startswith(f"{stage.prefix}."):
             continue
         if ".q_norm." in key:

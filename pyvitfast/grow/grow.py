@@ -172,10 +172,12 @@ def grow(
         raise ValueError(f"grow: `noise` must be a number of at least 0, got {noise}.")
     if head not in ("grow", "target"):
         raise ValueError(f"grow: `head` must be 'grow' or 'target', got {head!r}.")
-    small = _source(source)
-    old = layout_of(small)
-    big = _target(target, old, seed)
-    new = layout_of(big)
+    with torch.random.fork_rng(devices=[]):  # building a model draws its first weights
+        torch.manual_seed(seed)
+        small = _source(source)
+        old = layout_of(small)
+        big = _target(target, old)
+        new = layout_of(big)
     check_pair(old, new, keep_head=head == "target")
     if width == "average":
         check_average(old, new)
@@ -266,17 +268,13 @@ def _source(model: Model) -> nn.Module:
     return made
 
 
-def _target(model: Model, source: Layout, seed: int) -> nn.Module:
+def _target(model: Model, source: Layout) -> nn.Module:
     if isinstance(model, nn.Module):
         return copy.deepcopy(unwrap(model))
     if _is_file(model):
         return load(model)
     _check_name("target", str(model))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made: nn.Module = timm.create_model(
-            str(model), num_classes=source.num_classes, in_chans=source.in_chans
-        )
+    made: nn.Module = timm.create_model(str(model), num_classes=source.num_classes, in_chans=source.in_chans)
     return made
 
 
@@ -347,5 +345,5 @@ def report(model: nn.Module) -> GrowthReport:
     """
     found = getattr(unwrap(model), "growth", None)
     if not isinstance(found, GrowthReport):
-        raise ValueError("report: `model` must come from pyvitfast.grow.grow in this process; no report found.")
+        raise ValueError("report: `model` must come from grow() in this process, got one without a report.")
     return found

@@ -109,8 +109,8 @@ def check_parameters(model: nn.Module, expected: Mapping[str, Parameter]) -> Non
     for key in sorted({*found, *expected}):
         if key not in expected:
             raise NotImplementedError(
-                f"grow: {key} is not a part that growth knows, in {type(model).__name__}; no tensor is skipped "
-                "silently. Remove that part, or undo quantisation or wrappers, and grow before adding it."
+                f"grow: {key} of {type(model).__name__} is not a part that growth knows, and no tensor is "
+                "skipped silently. Remove that part or undo quantisation, and grow first."
             )
         need(key, f"of shape {expected[key].shape}", key in found, "no such parameter")
         need(key, f"of shape {expected[key].shape}", found[key] == expected[key].shape, found[key])
@@ -190,10 +190,11 @@ class Layout:
                 "widths of their own in each block and do not grow."
             )
         parts: Any = model
-        embed, first = parts.patch_embed, parts.blocks[0] if len(parts.blocks) else None
+        embed = parts.patch_embed
         need("patch_embed", "timm's PatchEmbed", plain_class(embed) is PatchEmbed, type(embed).__name__)
         need("patch_embed.img_size", "set", embed.img_size is not None, None)
-        need("blocks", "at least one block", first is not None, 0)
+        need("blocks", "at least one block", len(parts.blocks) > 0, 0)
+        first = parts.blocks[0]
         for i, block in enumerate(parts.blocks):
             name, attn = f"blocks.{i}", block.attn
             need(name, "a timm Block", plain_class(block) is Block, type(block).__name__)
@@ -302,9 +303,7 @@ class Layout:
         else:
             found["patch_embed.proj.bias"] = Parameter((d,), "bias", unit)
         for i in range(self.depth):
-            found |= self.stages[0].block(
-                i, self.qkv_bias, self.proj_bias, self.layer_scale, self.qk_norm
-            )
+            found |= self.stages[0].block(i, self.qkv_bias, self.proj_bias, self.layer_scale, self.qk_norm)
         if self.final_norm:
             found |= norm_parameters(self.final_norm, d, "embed")
         for name in self.head_names:
@@ -329,14 +328,14 @@ class Layout:
         k, rest = divmod(self.hidden, self.dim)
         if rest or not k:
             raise ValueError(
-                f"stack_vit: the hidden width must be a multiple of the width {self.dim}, so that fc1 and fc2 "
-                f"cut into square pieces, got {self.hidden}. Use a rule of grow() instead, which needs none."
+                f"stack_vit: the hidden width must be a multiple of the width {self.dim}, so that fc1 and "
+                f"fc2 cut into square pieces, got {self.hidden}. The rules of grow() need no pieces."
             )
         return k
 
     @property
     def vectors(self) -> tuple[tuple[str, int], ...]:
-        """The vectors of a block in the order of :class:`Stacked`: name within the block, which piece of it."""
+        """Vectors of a block in the order of :class:`Stacked`: the name within the block, and which piece."""
         names: list[tuple[str, int]] = []
         if self.qkv_bias:
             names += [("attn.qkv.bias", i) for i in range(3)]

@@ -35,7 +35,7 @@ class IndexMap:
                 f"grow: an index map must be int64 of one dimension, got {self.index.dtype} of shape "
                 f"{tuple(self.index.shape)}. Make it with torch.tensor([...])."
             )
-        if self.index.unique().tolist() != list(range(self.size)):
+        if set(self.index.tolist()) != set(range(self.size)):
             raise ValueError(
                 f"grow: an index map must name every source unit 0...{self.size - 1} and no other, got "
                 f"{self.index.tolist()[:20]}. Start it with torch.arange({self.size})."
@@ -186,7 +186,7 @@ def stack(source: int, target: int, alternating: bool = False) -> LayerMap:
     Source:
         StackBERT (Gong et al., ICML 2019).
     """
-    return _kept([l % source for l in range(target)])
+    return _kept([i % source for i in range(target)])
 
 
 def stack_top(source: int, target: int, alternating: bool = False) -> LayerMap:
@@ -209,8 +209,8 @@ def interleave(source: int, target: int, alternating: bool = False) -> LayerMap:
         Chang et al. (2017); Dong et al. (2020).
     """
     if alternating and source % 2 == 0 and target % 2 == 0:
-        return _kept([2 * (l // 2 * source // target) + l % 2 for l in range(target)])
-    return _kept([l * source // target for l in range(target)])
+        return _kept([2 * (i // 2 * source // target) + i % 2 for i in range(target)])
+    return _kept([i * source // target for i in range(target)])
 
 
 def identity(source: int, target: int, alternating: bool = False) -> LayerMap:
@@ -222,10 +222,10 @@ def identity(source: int, target: int, alternating: bool = False) -> LayerMap:
     and ``mlp.fc2`` are 0.
     """
     if alternating:
-        index = tuple(l % source for l in range(target))
-        return LayerMap(index, tuple(l >= source for l in range(target)))
+        index = tuple(i % source for i in range(target))
+        return LayerMap(index, tuple(i >= source for i in range(target)))
     index = interleave(source, target).index
-    return LayerMap(index, tuple(l > 0 and index[l - 1] == index[l] for l in range(target)))
+    return LayerMap(index, tuple(i > 0 and index[i - 1] == index[i] for i in range(target)))
 
 
 LayerRule = Callable[[int, int, bool], LayerMap]
