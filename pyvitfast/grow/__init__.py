@@ -5,6 +5,7 @@ from pyvitfast.grow.grow import METHODS, GrowthReport, grow, report
 from pyvitfast.grow.layout import Layout, Stacked, stack_vit, unstack_vit
 from pyvitfast.grow.pair import check_pair
 from pyvitfast.grow.rules import IndexMap, LayerMap, advanced_expand, expand, random_map, round_robin
+from pyvitfast.grow.swin import SwinLayout
 
 __all__ = [
     "METHODS",
@@ -14,6 +15,7 @@ __all__ = [
     "LayerMap",
     "Layout",
     "Stacked",
+    "SwinLayout",
     "advanced_expand",
     "check_pair",
     "expand",

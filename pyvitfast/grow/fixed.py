@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from pyvitfast.grow.rules import (
     round_robin,
     with_means,
 )
+from pyvitfast.grow.swin import SwinLayout
+
+AnyLayout: TypeAlias = Layout | SwinLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +43,8 @@ class Growth:
     """
 
     state: Mapping[str, Tensor] = field(repr=False)
-    source: Layout
-    target: Layout
+    source: AnyLayout
+    target: AnyLayout
     width: str
     depth: str
     maps: Mapping[str, IndexMap]
@@ -66,7 +70,7 @@ class Growth:
 
 
 def index_maps(
-    source: Layout, target: Layout, width: str, seed: int, given: Mapping[str, Tensor]
+    source: AnyLayout, target: AnyLayout, width: str, seed: int, given: Mapping[str, Tensor]
 ) -> dict[str, IndexMap]:
     """The map of each axis by a width rule, or as given by name for ``embed``, ``heads`` and ``hidden``.
 

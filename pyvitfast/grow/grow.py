@@ -13,15 +13,18 @@ from typing import Any, TypeAlias
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from pyvitfast.grow.fixed import Growth, grow_fixed, index_maps
+from pyvitfast.grow.fixed import AnyLayout, Growth, grow_fixed, index_maps
 from pyvitfast.grow.layout import Layout
 from pyvitfast.grow.pair import check_average, check_pair
 from pyvitfast.grow.rules import DEPTH
+from pyvitfast.grow.swin import SwinLayout
 from pyvitfast.models.architecture import config_of
 from pyvitfast.models.checkpoint import load
-from pyvitfast.models.modules import unwrap
+from pyvitfast.models.modules import plain_class, unwrap
+from pyvitfast.models.swin_transformer import PrunedSwinTransformer
 
 Model: TypeAlias = nn.Module | str | os.PathLike[str]
 Method: TypeAlias = Callable[[Growth], dict[str, Tensor]]
@@ -173,7 +176,7 @@ def grow(
     if head not in ("grow", "target"):
         raise ValueError(f"grow: `head` must be 'grow' or 'target', got {head!r}.")
     with torch.random.fork_rng(devices=[]):  # building a model draws its first weights
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         small = _source(source)
         old = layout_of(small)
         big = _target(target, old)
@@ -238,14 +241,15 @@ def _rules(method: str, width: str | None, depth: str | None) -> tuple[str, str]
     return width or own_width, depth or own_depth
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> AnyLayout:
     """The layout of a model of a family that grows.
 
     Raises:
         TypeError: another family.
         NotImplementedError: a part that growth does not know.
     """
-    return Layout.of(model)
+    swin = plain_class(unwrap(model)) in (SwinTransformer, PrunedSwinTransformer)
+    return SwinLayout.of(model) if swin else Layout.of(model)
 
 
 def _is_file(model: str | os.PathLike[str]) -> bool:
@@ -268,7 +272,7 @@ def _source(model: Model) -> nn.Module:
     return made
 
 
-def _target(model: Model, source: Layout) -> nn.Module:
+def _target(model: Model, source: AnyLayout) -> nn.Module:
     if isinstance(model, nn.Module):
         return copy.deepcopy(unwrap(model))
     if _is_file(model):
@@ -286,7 +290,7 @@ def _check_name(role: str, name: str) -> None:
         )
 
 
-def _set_eps(model: nn.Module, source: Layout, target: Layout, growth: Growth) -> None:
+def _set_eps(model: nn.Module, source: AnyLayout, target: AnyLayout, growth: Growth) -> None:
     embed = growth.maps[source.stages[0].axis("embed")]
     share = len(embed.index) / (len(embed.index) + embed.means)
     for name, norm in model.named_modules():

@@ -275,6 +275,11 @@ class Layout:
         return int(self.class_token) + int(self.distilled) + self.reg_tokens
 
     @property
+    def writing_norm(self) -> str:
+        """The LayerNorm whose output starts the residual stream; empty if a convolution's does."""
+        return "norm_pre" if self.pre_norm else ""
+
+    @property
     def alternating(self) -> bool:
         """Whether every other block differs in what has no weights."""
         return False

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from pyvitfast.grow.layout import Layout
+from pyvitfast.grow.swin import SwinLayout
 
 _WHY = {
     "patch_size": "patches of another size need other filters",
     "in_chans": "filters for other image channels do not grow",
     "act": "another activation computes another function",
 }
-_MAY_DIFFER = {"dim", "depth", "heads", "hidden", "img_size", "num_classes", "eps"}
+_MAY_DIFFER = {"dim", "depth", "heads", "hidden", "stages", "img_size", "num_classes", "eps"}
 
 
 def _need(name: str, rule: str, good: bool, source: object, target: object, mend: str) -> None:
@@ -19,7 +20,7 @@ def _need(name: str, rule: str, good: bool, source: object, target: object, mend
         raise ValueError(f"grow: the target's {name} must be {rule}, got {source} -> {target}. {mend}")
 
 
-def check_pair(source: Layout, target: Layout, keep_head: bool = False) -> None:
+def check_pair(source: Layout | SwinLayout, target: Layout | SwinLayout, keep_head: bool = False) -> None:
     """Refuse a pair that no rule grows.
 
     Args:
@@ -31,7 +32,7 @@ def check_pair(source: Layout, target: Layout, keep_head: bool = False) -> None:
         ValueError: another family, fewer layers, a smaller width, heads of a width that is no multiple,
             another patch size, other optional parts, or other classes; the message names it.
     """
-    families = {Layout: "ViT"}
+    families = {Layout: "ViT", SwinLayout: "Swin"}
     _need(
         "family",
         "the source's",
@@ -39,6 +40,14 @@ def check_pair(source: Layout, target: Layout, keep_head: bool = False) -> None:
         families[type(source)],
         families[type(target)],
         "Take a target of the source's family.",
+    )
+    _need(
+        "number of stages",
+        "as in the source",
+        len(source.stages) == len(target.stages),
+        len(source.stages),
+        len(target.stages),
+        "Take a target with as many stages.",
     )
     one, other = asdict(source), asdict(target)
     for name in one:
@@ -55,14 +64,6 @@ def check_pair(source: Layout, target: Layout, keep_head: bool = False) -> None:
             target.num_classes,
             'Build the target with as many classes, or pass head="target" to keep the target\'s own head.',
         )
-    _need(
-        "number of stages",
-        "as in the source",
-        len(source.stages) == len(target.stages),
-        len(source.stages),
-        len(target.stages),
-        "Take a target with as many stages.",
-    )
     for a, b in zip(source.stages, target.stages, strict=True):
         where = f" of {a.prefix}"
         _need(f"depth{where}", "no smaller", b.depth >= a.depth, a.depth, b.depth, "Growth drops no layers.")
@@ -80,7 +81,7 @@ def check_pair(source: Layout, target: Layout, keep_head: bool = False) -> None:
         )
 
 
-def check_average(source: Layout, target: Layout) -> None:
+def check_average(source: Layout | SwinLayout, target: Layout | SwinLayout) -> None:
     """Refuse average expansion to a width that is no multiple where it would change the function.
 
     Raises:
@@ -89,8 +90,8 @@ def check_average(source: Layout, target: Layout) -> None:
     if all(b.dim % a.dim == 0 for a, b in zip(source.stages, target.stages, strict=True)):
         return
     reason = ""
-    if source.pre_norm:
-        reason = "norm_pre writes to the residual stream, and its output has no mean channel"
+    if source.writing_norm:
+        reason = f"{source.writing_norm} writes to the residual stream, and its output has no mean channel"
     elif source.final_norm == "fc_norm" and "max" in source.global_pool:
         reason = "the greatest of the means is not the mean of the greatest, as pooling before fc_norm needs"
     if reason:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -42,6 +43,11 @@ def randomize(model, seed=0):
 def vit(dim=32, depth=2, heads=4, kind=VisionTransformer, **arguments):
     arguments = {"img_size": 16, "patch_size": 4, "num_classes": 5, **arguments}
     return randomize(kind(embed_dim=dim, depth=depth, num_heads=heads, **arguments))
+
+
+def swin(dim=16, depths=(2, 2), heads=(2, 4), **arguments):
+    arguments = {"img_size": 32, "patch_size": 4, "window_size": 4, "num_classes": 5, **arguments}
+    return randomize(SwinTransformer(embed_dim=dim, depths=depths, num_heads=heads, **arguments))
 
 
 def images(dtype=F64, size=16):
@@ -540,3 +546,58 @@ def test_stacking_refusals():
     stacked = stack_vit(state, layout)
     with pytest.raises(ValueError, match=r"`matrices` must have shape \(2, 12, 32, 32\)"):
         unstack_vit(Stacked(stacked.matrices[:1], stacked.vectors, stacked.others), layout)
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ({"dim": 32, "heads": (4, 8)}, {}),
+        ({"dim": 48, "heads": (2, 6)}, {}),
+        ({"dim": 32, "heads": (4, 8), "qkv_bias": False}, {}),
+        ({"depths": (4, 5)}, {"method": "identity"}),
+        ({"dim": 32, "depths": (3, 4), "heads": (4, 8)}, {"method": "average"}),
+        ({"dim": 32, "heads": (4, 8), "img_size": 64}, {}),
+    ],
+)
+def test_swin_keeps_the_function(target, options, tmp_path):
+    source = swin(**{key: target[key] for key in ("qkv_bias",) if key in target})
+    grown = grow(source, swin(**target), **options, noise=0)
+    if "img_size" in target:
+        source.set_input_size((64, 64), window_size=4)
+    assert difference(source, grown, target.get("img_size", 32)) <= 1e-12
+    assert report(grown).function_preserving
+    vf.save(grown, tmp_path / "grown.safetensors")
+    x = images(size=target.get("img_size", 32))
+    assert torch.equal(vf.load(tmp_path / "grown.safetensors")(x), grown(x))
+
+
+def test_swin_parts_follow_their_maps():
+    source = swin(depths=(2, 4))
+    maps = {"embed.0": torch.arange(32) // 2, "heads.1": torch.tensor([3, 2, 1, 0, 0, 1, 2, 3])}
+    state, grown = (
+        source.state_dict(),
+        grow(source, swin(32, (2, 8), (4, 8)), "interleave", maps=maps, noise=0),
+    )
+    new = grown.state_dict()
+    merged = new["layers.1.downsample.reduction.weight"].view(2, 32, 4, 32)
+    old = state["layers.1.downsample.reduction.weight"].view(32, 4, 16)
+    for half in merged:
+        assert torch.equal(half, old.repeat_interleave(2, 2) / 2)
+    for i, layer in enumerate((0, 1, 0, 1, 2, 3, 2, 3)):
+        table = "blocks.{}.attn.relative_position_bias_table"
+        want = state[f"layers.1.{table.format(layer)}"][:, maps["heads.1"]]
+        assert torch.equal(new[f"layers.1.{table.format(i)}"], want)
+    assert difference(swin(), grow(swin(), swin(32, heads=(4, 8)), maps=maps, noise=0), 32) <= 1e-12
+
+
+def test_swin_refusals():
+    with pytest.raises(ValueError, match="family must be the source's, got ViT -> Swin"):
+        grow(vit(), swin(32))
+    with pytest.raises(ValueError, match="number of stages must be as in the source, got 2 -> 3"):
+        grow(swin(), swin(32, (2, 2, 2), (4, 8, 8), img_size=64))
+    with pytest.raises(ValueError, match="window_size must be as in the source"):
+        grow(swin(), swin(32, heads=(4, 8), window_size=2))
+    with pytest.raises(ValueError, match=r"depth of layers.1.blocks must be no smaller, got 2 -> 1"):
+        grow(swin(), swin(depths=(2, 1)))
+    with pytest.raises(NotImplementedError, match=r"patch_embed.norm writes to the residual stream"):
+        grow(swin(), swin(24, heads=(3, 6)), "average")
