@@ -3,6 +3,7 @@
 from pyvitfast.grow.fixed import Growth
 from pyvitfast.grow.grow import METHODS, GrowthReport, grow, report
 from pyvitfast.grow.layout import Layout, Stacked, stack_vit, unstack_vit
+from pyvitfast.grow.optimizer import grow_optimizer_state
 from pyvitfast.grow.pair import check_pair
 from pyvitfast.grow.rules import IndexMap, LayerMap, advanced_expand, expand, random_map, round_robin
 from pyvitfast.grow.swin import SwinLayout
@@ -20,6 +21,7 @@ __all__ = [
     "check_pair",
     "expand",
     "grow",
+    "grow_optimizer_state",
     "random_map",
     "report",
     "round_robin",

@@ -160,7 +160,7 @@ def _tensor(growth: Growth, key: str, p: Parameter, generator: torch.Generator) 
         if into is not None and into.means and (in_block or growth.source.final_norm):
             free = torch.randn(grown.shape[0], into.means, generator=generator).to(grown)
             grown[:, -into.means :] = free * tensor.std()
-    grown = _scaled_queries(growth, key, grown)
+    grown = scaled_queries(growth, key, grown)
     if growth.noise and p.kind == "weight":
         new = torch.zeros(grown.shape[:2], dtype=torch.bool)
         if out is not None:
@@ -193,7 +193,8 @@ def _linear(growth: Growth, name: str, after: str, out: IndexMap | None, into: I
     return out.copy(split, 0, (gamma * split).mean(0, keepdim=True))
 
 
-def _scaled_queries(growth: Growth, key: str, grown: Tensor) -> Tensor:
+def scaled_queries(growth: Growth, key: str, grown: Tensor) -> Tensor:
+    """A tensor of the target, multiplied for a larger width of heads where it makes queries."""
     for old, stage in zip(growth.source.stages, growth.target.stages, strict=True):
         factor = math.sqrt(old.head_dim / stage.head_dim)
         if factor == 1 or not key.startswith(f"{stage.prefix}."):

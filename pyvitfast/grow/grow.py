@@ -41,6 +41,7 @@ _RULES = {
 }
 _NOISE = {"fpi": 0.02, "net2net": 0.02, "aki": 0.0, "average": 0.0}
 
+# A learned operator is one more entry: from a Growth to the target's state dict.
 METHODS: dict[str, Method] = dict.fromkeys(_RULES, grow_fixed)
 
 
@@ -324,7 +325,7 @@ def _report(method: str, growth: Growth, resized: tuple[str, ...], kept: tuple[s
         width=growth.width,
         depth=growth.depth,
         noise=growth.noise,
-        function_preserving=exact_width and exact_depth and not resized and not kept,
+        function_preserving=method in _RULES and exact_width and exact_depth and not (resized or kept),
         copied=tuple(key for key in new if key in same and key not in (*resized, *kept)),
         grown=tuple(key for key in new if key not in same and key not in kept),
         resized=resized,

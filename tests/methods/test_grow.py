@@ -19,6 +19,7 @@ from pyvitfast.grow import (
     advanced_expand,
     expand,
     grow,
+    grow_optimizer_state,
     random_map,
     report,
     round_robin,
@@ -178,6 +179,18 @@ def test_blocks_that_add_nothing(parts):
     assert report(grown).inserted == ("blocks.1", "blocks.2", "blocks.4")
     wide = grow(source, vit(64, 3, 8, **parts), "identity", noise=0)
     assert difference(source, wide) <= 1e-12
+
+
+def test_columns_that_read_means_are_alive():
+    source = vit()
+    grown = grow(source, vit(48, 2, 6), "average")
+    free = grown.blocks[0].attn.qkv.weight[:, 32:]
+    assert free.std().item() == pytest.approx(source.blocks[0].attn.qkv.weight.std().item(), rel=0.1)
+    assert not torch.equal(free[:32], free[96:128])
+    stream = grown.patch_embed(images())
+    torch.testing.assert_close(stream[..., 40], stream[..., :32].mean(-1), rtol=1e-12, atol=1e-12)
+    headless = {"final_norm": False}
+    assert not grow(vit(**headless), vit(48, 2, 6, **headless), "average").head.weight[:, 32:].any()
 
 
 def test_distilled_keeps_both_heads():
@@ -601,3 +614,68 @@ def test_swin_refusals():
         grow(swin(), swin(depths=(2, 1)))
     with pytest.raises(NotImplementedError, match=r"patch_embed.norm writes to the residual stream"):
         grow(swin(), swin(24, heads=(3, 6)), "average")
+
+
+def moments(model, steps=1):
+    """Adam's state after steps that move nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = images(size=model.patch_embed.img_size[0]) * (step + 1)
+        nn.functional.cross_entropy(model(x), torch.tensor([1, 3])).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options"),
+    [
+        (vit, {"dim": 64, "heads": 8}, {}),
+        (vit, {"dim": 96, "heads": 6, "mlp_ratio": 5}, {}),
+        (vit, {"dim": 64, "heads": 4, "qk_norm": True}, {}),
+        (vit, {"dim": 64, "heads": 8, "depth": 3, "init_values": 0.1}, {"method": "identity"}),
+        (vit, {"dim": 64, "heads": 8, "kind": VisionTransformerDistilled}, {}),
+        (swin, {"dim": 32, "heads": (2, 8)}, {}),
+    ],
+)
+def test_carried_moments_are_those_of_the_grown_model(source, target, options):
+    parts = {key: target[key] for key in ("qk_norm", "init_values", "kind") if key in target}
+    small = source(**parts)
+    grown = grow(small, source(**target), noise=0, **options)
+    new = torch.optim.AdamW(grown.parameters(), lr=0.1)
+    carried = grow_optimizer_state(moments(small, 2), small, grown, new)
+    inserted = report(grown).inserted
+    names = dict(grown.named_parameters())
+    assert set(carried) == {n for n in names if not n.startswith(inserted or ("none",))}
+    want = moments(grown, 2)
+    for name in carried:
+        state, expected = new.state[names[name]], want.state[names[name]]
+        assert state["step"] == 2
+        # Rounding of a gradient is relative to the largest; k's bias has none but rounding.
+        floor = 1e-11 * max(float(s["exp_avg"].abs().max()) for s in want.state.values())
+        torch.testing.assert_close(state["exp_avg"], expected["exp_avg"], rtol=1e-9, atol=floor)
+        torch.testing.assert_close(state["exp_avg_sq"], expected["exp_avg_sq"], rtol=1e-8, atol=floor**2)
+    assert new.param_groups[0]["lr"] == 0.1
+
+
+def test_moments_that_are_not_known_start_fresh():
+    source = vit()
+    optimizer = moments(source)
+    for target, options in (
+        ({"depth": 4}, {"method": "stack"}),
+        ({"dim": 64, "heads": 8}, {"method": "aki"}),
+        ({"dim": 48, "heads": 6}, {"method": "average"}),
+        ({"dim": 64, "heads": 8}, {"method": "net2net"}),
+    ):
+        grown = grow(source, vit(**target), **options)
+        new = torch.optim.AdamW(grown.parameters())
+        assert grow_optimizer_state(optimizer, source, grown, new) == ()
+        assert not new.state
+    grown = grow(source, vit(64, 2, 8, num_classes=7), head="target")
+    new = torch.optim.AdamW(grown.parameters())
+    assert "head.weight" not in grow_optimizer_state(optimizer, source, grown, new)
+    with pytest.raises(ValueError, match="`source` must be the model that was grown"):
+        grow_optimizer_state(optimizer, vit(64, 2, 8), grown, new)
+    next(iter(optimizer.state.values()))["curvature"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="got curvature of"):
+        grow_optimizer_state(optimizer, source, grown, new)
