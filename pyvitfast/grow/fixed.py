@@ -155,7 +155,7 @@ def _tensor(growth: Growth, key: str, p: Parameter, generator: torch.Generator) 
     elif p.kind in ("token", "table") and out and p.writes:
         grown = out.copy(tensor, p.writes[0])
     else:
-        in_block = name != after or any(name.startswith(f"{s.prefix}.") for s in growth.source.stages)
+        in_block = any(name.startswith(f"{s.prefix}.") for s in growth.source.stages)
         grown = _linear(growth, name, after if in_block and growth.width == "aki" else name, out, into)
         if into is not None and into.means and (in_block or growth.source.final_norm):
             free = torch.randn(grown.shape[0], into.means, generator=generator).to(grown)
