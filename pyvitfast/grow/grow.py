@@ -137,7 +137,8 @@ def grow(
             ``stack_top``, ``interleave`` or ``identity``.
         noise: standard deviation of normal noise on new rows and columns of matrices, relative to the root
             mean square of the matrix. By default 0.02 for fpi and net2net, whose copies otherwise receive
-            equal gradients for ever, and 0 for aki and average. 0 is exact. Size and place are our choice.
+            equal gradients for ever, and 0 for aki and average. 0 is exact. As much comes of noise of
+            0.02 / sqrt(D) on the entries of the maps E. Size and place are our choice.
         seed: of noise and random maps.
         maps: int64 index maps, target unit to source unit, for ``embed``, ``heads`` or ``hidden`` instead of
             the rule's; in a Swin Transformer ``embed.0`` and so on, by stage.
@@ -313,9 +314,8 @@ def _report(method: str, growth: Growth, resized: tuple[str, ...], kept: tuple[s
     same = {key for key, p in new.items() if old[growth.origin(key)[0]].shape == p.shape}
     used = {axis for p in old.values() for axis in (p.writes and p.writes[1], p.reads) if axis}
     wider = any(bool(growth.maps[axis].new.any()) for axis in used)
-    statistics = growth.width == "average" or all(
-        growth.maps[stage.axis("embed")].uniform for stage in growth.source.stages
-    )
+    embeds = [growth.maps[stage.axis("embed")] for stage in growth.source.stages]
+    statistics = all(embed.means or embed.uniform for embed in embeds)
     exact_width = not wider or (statistics and not growth.noise and growth.width != "aki")
     exact_depth = growth.depth == "identity" or not any(
         a.depth != b.depth for a, b in zip(growth.source.stages, growth.target.stages, strict=True)

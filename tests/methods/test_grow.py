@@ -242,6 +242,13 @@ def test_unequal_counts_change_the_function_and_warn():
     drawn = grow(source, vit(64, 2, 8), "net2net", noise=0)
     assert difference(source, drawn) > 1e-3
     assert not report(drawn).function_preserving
+    uneven = grow(source, vit(64, 2, 8), "average", maps={"embed": torch.arange(64).clamp(max=31)})
+    assert difference(source, uneven) > 1e-3
+    assert not report(uneven).function_preserving
+    headless = grow(vit(num_classes=0), vit(64, 2, 8, num_classes=0), noise=0)
+    torch.testing.assert_close(
+        headless(images()), vit(num_classes=0)(images()).repeat(1, 2), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_aki_takes_new_units_from_the_next_layer():
