@@ -13,10 +13,11 @@ _PUBLIC = {
     "load": "pyvitfast.models.checkpoint",
     "summary": "pyvitfast.models.summary",
 }
-_SUBPACKAGES = ("models", "ops", "prune", "quantize", "reference", "report", "train")
+_SUBPACKAGES = ("grow", "models", "ops", "prune", "quantize", "reference", "report", "train")
 
 __all__ = [
     "__version__",
+    "grow",
     "load",
     "models",
     "ops",

@@ -119,6 +119,7 @@ MAY_IMPORT = {
     "ops": {"ops", "reference", "_lib", "_version"},
     "info": {"_lib", "_C", "ops", "_version"},
     "models": {"models", "ops", "reference", "_version"},
+    "grow": {"grow", "models", "ops", "reference"},
     "prune": {"prune", "models", "ops", "reference"},
     "quantize": {"quantize", "models", "ops", "reference"},
     "train": {"train", "prune", "quantize", "models", "ops", "info", "_version"},
