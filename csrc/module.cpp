@@ -12,6 +12,7 @@
 #include "cpu_capability.h"
 #include "fma_loop.h"
 #include "ops/fake_quantize/fake_quantize.h"
+#include "ops/kron_grow/kron_grow.h"
 #include "ops/linear_cross_attention/linear_cross_attention.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
@@ -20,6 +21,7 @@
 #include "ops/spsa_update_/spsa_update_.h"
 #include "ops/structured_gather/structured_gather.h"
 #include "ops/structured_zero_/structured_zero_.h"
+#include "ops/tensor_ring_grow/tensor_ring_grow.h"
 
 namespace py = pybind11;
 
@@ -46,6 +48,44 @@ int64_t launches(size_t count, size_t most) {
     return static_cast<int64_t>((count + most - 1) / most);
 }
 
+// Products of strided matrices, in float32: tiles of 128 x 128 by 256 threads.
+py::dict product_plan(int64_t launches, int64_t rows, int64_t cols, int64_t count,
+                      int64_t elements) {
+    const int64_t tiles = (rows + 127) / 128 * ((cols + 127) / 128);
+    return plan(launches, tiles * count, 256, 4 * 2 * 2 * 8 * (128 + 4), 4 * elements);
+}
+
+py::dict growth_plan(const std::string& op, const Shapes& shapes) {
+    using namespace pyvitfast;
+    if (op == "kron_grow") {
+        if (shapes.size() != 4) {
+            throw py::value_error("launch_plan: kron_grow takes 4 shapes, got " +
+                                  std::to_string(shapes.size()));
+        }
+        const KronSizes n{shapes[0].first,  shapes[1].first, shapes[2].first, shapes[2].second,
+                          shapes[1].second, shapes[3].first, shapes[3].second};
+        const int64_t elements = n.types * (n.layers1 * n.out1 * n.in1 +
+                                            n.layers2 * n.out2 * n.in2 + n.layers1 * n.layers2) +
+                                 n.out1 * n.out2 + n.in1 * n.in2;
+        const int64_t count = n.layers2 < kKronAtOnce ? n.layers2 : kKronAtOnce;
+        return product_plan(kron_products(n, Factors::kShared), n.out2, n.in2, count, elements);
+    }
+    if (shapes.size() != 6) {
+        throw py::value_error("launch_plan: tensor_ring_grow takes 6 shapes, got " +
+                              std::to_string(shapes.size()));
+    }
+    const RingSizes n{shapes[0].first, shapes[0].second, shapes[1].first, shapes[1].second,
+                      shapes[2].first, shapes[2].second, shapes[3].first, shapes[3].second,
+                      shapes[4].first, shapes[4].second, shapes[5].first, shapes[5].second};
+    const int64_t tile = ring_tile(n, 2);
+    const int64_t elements = n.layers1 * n.slots1 * n.out1 * n.in1 +
+                             n.layers2 * n.slots2 * n.out2 * n.in2 +
+                             n.r1 * n.slots1 * n.slots2 * n.r2 + n.r2 * n.out1 * n.out2 * n.r3 +
+                             n.r3 * n.layers1 * n.layers2 * n.r4 + n.r4 * n.in1 * n.in2 * n.r1;
+    return product_plan(4 * ((n.out2 + tile - 1) / tile), tile, n.in2, n.layers2 * n.slots2,
+                        elements);
+}
+
 // What the CUDA launchers would do with float32 tensors of these shapes; the same on every
 // architecture.
 py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
@@ -69,6 +109,9 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
             least += 4 * (tokens * channels + 2 * heads * channels + channels);
         }
         return plan(splits > 1 ? 7 : 6, blocks, kCrossAttentionThreads, shared, least);
+    }
+    if (op == "kron_grow" || op == "tensor_ring_grow") {
+        return growth_plan(op, shapes);
     }
     int64_t blocks = 0;
     int64_t elements = 0;
@@ -164,14 +207,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("fma_loop", &fma_loop, py::arg("iterations"),
           "Runs float32 multiply-adds that never leave the registers on this thread, without the "
           "GIL, and returns how many operations that were: the arithmetic limit of benchmarks.");
-    m.def("launch_plan", &launch_plan, py::arg("op"), py::arg("shapes"), py::arg("arch") = 80,
-          "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
-          "float32 "
-          "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
-          "commit_: the "
-          "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
-          "64 wide; "
-          "blocks, bytes and dynamic shared memory are those of the kernel that reads the tokens. "
-          "scaled_sqnorm, spsa_perturb, spsa_update_, fake_quantize: one scale a tensor, one "
-          "direction, float32 levels, forward only.");
+    m.def(
+        "launch_plan", &launch_plan, py::arg("op"), py::arg("shapes"), py::arg("arch") = 80,
+        "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
+        "float32 "
+        "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
+        "commit_: the "
+        "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
+        "64 wide; "
+        "blocks, bytes and dynamic shared memory are those of the kernel that reads the tokens. "
+        "scaled_sqnorm, spsa_perturb, spsa_update_, fake_quantize: one scale a tensor, one "
+        "direction, float32 levels, forward only. kron_grow: (T, T), (L1, L2), (O1, I1), (O2, I2), "
+        "shared factors; tensor_ring_grow: (L1, B1), (O1, I1), (L2, B2), (O2, I2), (R1, R2), (R3, "
+        "R4); blocks are those of the last product.");
 }

@@ -29,7 +29,7 @@ def _check(tensors: tuple[Any, ...], factors: str) -> None:
     types, layers, rows, cols = weight.shape
     if d.ndim != 3 or d.shape[0] != types or d.shape[2] != layers:
         raise ValueError(
-            f"{NAME}: `d` must have shape [T, L2, L1] with the {types} types and {layers} layers of `weight`, "
+            f"{NAME}: `d` must have shape [T, L2, L1], {types} types and {layers} layers of `weight`, "
             f"got {list(d.shape)}."
         )
     if a.ndim != b.ndim or a.ndim not in (2, 3):
@@ -72,8 +72,8 @@ def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str =
         ValueError: sizes or devices that do not fit.
 
     Sums are float32, also for 16-bit arguments (which are converted once, and the result back), float64 for
-    float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast has no
-    effect. Shared factors are applied before or after the layers are mixed, and columns before or after rows,
+    float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast is
+    ignored. Shared factors come before or after the layers are mixed, and columns before or after rows,
     whichever takes fewer operations. Besides inputs and outputs as much is kept as the mixed matrices take:
     of the source's size where layers are mixed first, else of the target's with L1 layers.
 

@@ -83,8 +83,8 @@ def tensor_ring_grow(
         ValueError: modes, bonds or devices that do not fit.
 
     Sums are float32, also for 16-bit arguments (which are converted once, and the result back), float64 for
-    float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast has no
-    effect. On the CPU nothing between the cores is kept but a few megabytes a thread, on CUDA and in the
+    float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast is
+    ignored. On the CPU nothing between the cores is kept but a few megabytes a thread, on CUDA and in the
     backward pass at most about a quarter of source and target (more only for small targets). NaN and Inf
     spread to all that they meet.
 
@@ -93,8 +93,8 @@ def tensor_ring_grow(
         of modes and bonds is our choice.
 
     Example:
-        >>> one = lambda *rows: torch.tensor(rows)[:, None, None, :]
-        >>> cores = one([1.0, 2.0], [0, 1]), one([1.0, 0], [1, 1]), one([2.0, 0], [0, 1]), one([1.0, 1], [0, 1])
+        >>> one = lambda *rows: torch.tensor(rows, dtype=torch.float32)[:, None, None, :]
+        >>> cores = one([1, 2], [0, 1]), one([1, 0], [1, 1]), one([2, 0], [0, 1]), one([1, 1], [0, 1])
         >>> pyvitfast.ops.tensor_ring_grow(torch.ones(1, 1, 1, 1), *cores)
         tensor([[[[9.]]]])
     """

@@ -221,6 +221,12 @@ def test_growing_a_size_does_not_recompile_without_end(table):
 def grown(op, size):
     if op == "linear_cross_attention":
         return (torch.randn(size, 8), torch.randn(size, size + 1, 8), *torch.randn(4, 8, 8)), {"num_heads": 2}
+    if op == "tensor_ring_grow":
+        cores = [torch.randn(1, 2, 3, 2), torch.randn(2, size, size, 1), torch.randn(1, 2, 2, 1)]
+        return (torch.randn(2, 2, size, size), *cores, torch.randn(1, size, size, 1)), {}
+    if op == "kron_grow":
+        shapes = ((1, 2, size, size), (size, size), (size, size), (1, 3, 2))
+        return tuple(torch.randn(shape) for shape in shapes), {}
     w = torch.randn(size, 2 * size)
     alive = torch.rand(size) > 0.5
     index = torch.arange(size - 1)

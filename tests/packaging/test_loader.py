@@ -146,6 +146,8 @@ calls = {
     'linear_cross_attention': (w, w[:, None], *[torch.eye(3)] * 4),
     'scaled_sqnorm': ([w], [x]), 'fake_quantize': ([w], [x]),
     'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
+    'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
+    'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
 }
 noise = {'seed': 0, 'one_minus_beta': 0.5}
 options = {

@@ -16,28 +16,13 @@ namespace {
 
 constexpr const char* kName = "kron_grow";
 
-// Whose layers the factors belong to.
-enum class Factors : int64_t { kShared = 0, kSource = 1, kTarget = 2 };
-
-struct Kron {
+struct Kron : KronSizes {
     Tensor weight, a, b, d;
-    int64_t types, layers1, out1, in1, layers2, out2, in2;
     Factors factors;
 
     int64_t source() const { return out1 * in1; }
     int64_t target() const { return out2 * in2; }
-    // Multiply-adds of both factors on one matrix, by the right one first or by the left one.
-    int64_t right_first() const { return out1 * in2 * (in1 + out2); }
-    int64_t left_first() const { return out2 * in1 * (out1 + in2); }
-    // Layers are mixed before the factors where that is cheaper, or the factors are the target's.
-    bool depth_first() const {
-        if (factors != Factors::kShared) {
-            return factors == Factors::kTarget;
-        }
-        const int64_t width = std::min(right_first(), left_first());
-        const int64_t mixes = layers1 * layers2;
-        return layers2 * width + mixes * source() <= layers1 * width + mixes * target();
-    }
+    bool depth_first() const { return kron_depth_first(*this, factors); }
 };
 
 Kron describe(const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& d,
@@ -52,17 +37,12 @@ Kron describe(const Tensor& weight, const Tensor& a, const Tensor& b, const Tens
         STD_TORCH_CHECK(tensor->scalar_type() == weight.scalar_type(), kName,
                         ": all tensors must have one dtype");
     }
-    Kron k{torch::stable::contiguous(weight),
+    Kron k{{weight.size(0), weight.size(1), weight.size(2), weight.size(3), d.size(1), b.size(1),
+            a.size(1)},
+           torch::stable::contiguous(weight),
            torch::stable::contiguous(a),
            torch::stable::contiguous(b),
            torch::stable::contiguous(d),
-           weight.size(0),
-           weight.size(1),
-           weight.size(2),
-           weight.size(3),
-           d.size(1),
-           b.size(1),
-           a.size(1),
            static_cast<Factors>(factors)};
     const int64_t count = k.factors == Factors::kShared   ? 1
                           : k.factors == Factors::kSource ? k.layers1
@@ -115,7 +95,7 @@ class Steps {
     // Both factors on matrices [count, out1, in1] at `source`; `between` holds [count, ...].
     void widen(const View& source, int64_t from, const View& between, const View& target,
                int64_t to, int64_t first, int64_t count) const {
-        if (k_.right_first() <= k_.left_first()) {
+        if (kron_right_first(k_) <= kron_left_first(k_)) {
             right(source, from, between, first, count);
             StridedProduct p = left(first, count);
             p.b = rows_of_view(between, k_.in2, {k_.out1 * k_.in2, 0});
@@ -256,14 +236,11 @@ class Steps {
     const Products& products_;
 };
 
-// Matrices in between at once: few enough for a cache, enough to share out.
-constexpr int64_t kAtOnce = 4;
-
 template <typename F>
 void for_each_chunk(const Kron& k, int64_t layers, const F& f) {
     for (int64_t type = 0; type < k.types; ++type) {
-        for (int64_t first = 0; first < layers; first += kAtOnce) {
-            f(type, first, std::min(kAtOnce, layers - first));
+        for (int64_t first = 0; first < layers; first += kKronAtOnce) {
+            f(type, first, std::min(kKronAtOnce, layers - first));
         }
     }
 }
@@ -278,7 +255,7 @@ Tensor kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int64_t factors) {
     const Steps steps(k, products);
     const bool depth_first = k.depth_first();
     const int64_t layers = depth_first ? k.layers2 : k.layers1;
-    const Tensor between = empty(weight, {kAtOnce * std::max(k.out1 * k.in2, k.out2 * k.in1)});
+    const Tensor between = empty(weight, {kKronAtOnce * std::max(k.out1 * k.in2, k.out2 * k.in1)});
     const Tensor mixed =
         empty(weight, {k.types * layers * (depth_first ? k.source() : k.target())});
     if (depth_first) {
@@ -322,8 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tenso
     const bool depth_first = k.depth_first();
     const int64_t layers = depth_first ? k.layers2 : k.layers1;
     const int64_t half_size = k.out1 * k.in2;
-    const Tensor half = empty(weight, {kAtOnce * half_size});
-    const Tensor other = empty(weight, {kAtOnce * std::max(half_size, k.out2 * k.in1)});
+    const Tensor half = empty(weight, {kKronAtOnce * half_size});
+    const Tensor other = empty(weight, {kKronAtOnce * std::max(half_size, k.out2 * k.in1)});
     // Of the source side: what the factors read, and its gradient. Of the target side with the
     // factors first: what they made, or its gradient.
     const Tensor read = depth_first ? empty(weight, {k.types * layers * k.source()}) : k.weight;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "ops/kron_grow/kron_grow_math.h"
 #include "portable/strided_product.h"
 
 namespace pyvitfast {

@@ -21,10 +21,6 @@ struct Ring {
 
     int64_t source() const { return n.layers1 * n.slots1; }
     int64_t target() const { return n.layers2 * n.slots2; }
-    // Elements a row of the target takes of what is kept after the first, second and third core.
-    int64_t first() const { return source() * n.r2 * n.r3 * n.in1; }
-    int64_t second() const { return n.layers1 * n.r3 * n.r1 * n.slots2 * n.in1; }
-    int64_t third() const { return n.layers2 * n.r4 * n.r1 * n.slots2 * n.in1; }
 };
 
 Ring describe(const Tensor& weight, const Tensor& s_b, const Tensor& s_o, const Tensor& s_l,
@@ -74,16 +70,6 @@ Slots slots_of(const Ring& ring, const Tensor& main, const Tensor& tail, int64_t
     slots.part[1] = {tail.data_ptr(),          kept,  columns,
                      n.out2 * columns * n.in2, n.in2, columns * n.in2};
     return slots;
-}
-
-// Rows of the target handled at once: what lies between the cores then takes at most a quarter of
-// the source and target, and 32 rows keep the products busy.
-int64_t tile_of(const Ring& ring, int64_t buffers) {
-    const RingSizes& n = ring.n;
-    const int64_t row = std::max({ring.first(), ring.second(), ring.third(), int64_t{1}});
-    const int64_t ends = ring.source() * n.out1 * n.in1 + ring.target() * n.out2 * n.in2;
-    const int64_t most = std::max<int64_t>(ends / 4 / (row * buffers), 32);
-    return std::min(std::max<int64_t>(n.out2, 1), most);
 }
 
 // What lies between the cores, for rows [at, at + tile) of the target.
@@ -298,9 +284,10 @@ class Tile {
 #if !PVF_CPU_KERNELS
 void by_products(const Ring& ring, const Slots& slots) {
     const Products products = products_of(ring);
-    const int64_t most = tile_of(ring, 2);
-    const Tensor one = empty(ring.weight, {most * std::max(ring.first(), ring.third())});
-    const Tensor other = empty(ring.weight, {most * ring.second()});
+    const int64_t most = ring_tile(ring.n, 2);
+    const Tensor one =
+        empty(ring.weight, {most * std::max(ring_first(ring.n), ring_third(ring.n))});
+    const Tensor other = empty(ring.weight, {most * ring_second(ring.n)});
     for (int64_t at = 0; at < ring.n.out2; at += most) {
         const Tile tile(ring, products, at, std::min(most, ring.n.out2 - at));
         tile.first(view_of(one));
@@ -397,11 +384,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_ring_grow_backward(
     if (ring.target() * n.out2 * n.in2 > 0) {
         const Slots slots = slots_of(ring, main, tail, columns);
         const Products products = products_of(ring);
-        const int64_t most = tile_of(ring, 4);
-        const Tensor y = empty(weight, {most * ring.first()});
-        const Tensor z = empty(weight, {most * ring.second()});
-        const Tensor x = empty(weight, {most * ring.third()});
-        const Tensor dz = empty(weight, {most * ring.second()});
+        const int64_t most = ring_tile(ring.n, 4);
+        const Tensor y = empty(weight, {most * ring_first(ring.n)});
+        const Tensor z = empty(weight, {most * ring_second(ring.n)});
+        const Tensor x = empty(weight, {most * ring_third(ring.n)});
+        const Tensor dz = empty(weight, {most * ring_second(ring.n)});
         const int64_t b_parts = n.layers1 * n.r3 * n.r1 * n.slots2 * n.slots1 * n.r2;
         const int64_t l_parts = n.r1 * n.slots2 * n.layers2 * n.r4 * n.layers1 * n.r3;
         const Tensor parts = empty(weight, {std::max(b_parts, l_parts)});

@@ -2,18 +2,10 @@
 
 #include <cstdint>
 
+#include "ops/tensor_ring_grow/tensor_ring_grow_math.h"
 #include "portable/strided_product.h"
 
 namespace pyvitfast {
-
-// Source [layers1, slots1, out1, in1] to [layers2, slots2, out2, in2]. The cores are packed:
-// s_b [r1, slots2, slots1, r2], s_o [r2, r3, out2, out1], s_l [layers2, r4, layers1, r3],
-// s_i [r4, r1, in1, in2].
-struct RingSizes {
-    int64_t layers1, slots1, out1, in1;
-    int64_t layers2, slots2, out2, in2;
-    int64_t r1, r2, r3, r4;
-};
 
 // Slots [first, first + count) of a result: where they lie in it, in elements.
 struct RingSlots {
