@@ -14,7 +14,7 @@ NAMES = ("weight", "a", "b", "d")
 FACTORS = ("shared", "source", "target")
 
 
-def _check(tensors: tuple[Any, ...], factors: str) -> None:
+def _check(tensors: tuple[Any, ...], factors: str, identity: bool) -> None:
     for name, tensor in zip(NAMES, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(tensor).__name__}.")
@@ -22,7 +22,11 @@ def _check(tensors: tuple[Any, ...], factors: str) -> None:
         _checks.dtype_in(NAME, name, tensor, _checks.FLOATS)
     if factors not in FACTORS[1:]:
         raise ValueError(f"{NAME}: `factors` must be 'source' or 'target', got {factors!r}.")
+    if not isinstance(identity, bool):
+        raise TypeError(f"{NAME}: `identity` must be True or False, got {type(identity).__name__}.")
     weight, a, b, d = tensors
+    if identity and a.ndim == 3 and factors == "source":
+        raise ValueError(f"{NAME}: `identity` goes with shared factors or those of the target's layers.")
     _checks.same_device(NAME, list(zip(NAMES, tensors, strict=True)))
     if weight.ndim != 4:
         raise ValueError(f"{NAME}: `weight` must have shape [T, L1, O1, I1], got {list(weight.shape)}.")
@@ -51,7 +55,9 @@ def _check(tensors: tuple[Any, ...], factors: str) -> None:
             )
 
 
-def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str = "source") -> Tensor:
+def kron_grow(
+    weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str = "source", identity: bool = False
+) -> Tensor:
     r"""Widen and deepen stacks of matrices: :math:`W'_{t,m} = \sum_l D_{t,m,l}\, B\, W_{t,l}\, A^\top`.
 
     Args:
@@ -62,6 +68,9 @@ def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str =
         d: of the layers, [T, L2, L1].
         factors: whose layers a stack of factors belongs to: ``source`` (applied to the small matrices, as the
             LiGO paper writes) or ``target`` (applied after the layers are mixed, as its released code does).
+        identity: ``a`` and ``b`` are the rows below an identity, [I2 - I1, I1] and [O2 - O1, O1]: the mixed
+            source stands in the upper left corner as it is, at half the cost or less. Not for factors of the
+            source's layers.
 
     Returns:
         [T, L2, O2, I2], contiguous, in the widest dtype of the arguments. Differentiable once with respect to
@@ -92,7 +101,7 @@ def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str =
     """
     op = _checks.call(NAME)
     given = (weight, a, b, d)
-    _check(given, factors)
+    _check(given, factors, identity)
     dtype = weight.dtype
     for tensor in given[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -101,12 +110,15 @@ def kron_grow(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, *, factors: str =
     code = FACTORS.index(factors)
     if a.ndim == 2:
         a, b, code = a[None], b[None], 0
-    result: Tensor = op(weight, a, b, d, code).to(dtype)
+    result: Tensor = op(weight, a, b, d, code, identity).to(dtype)
     return result
 
 
-def _fake(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, factors: int) -> Tensor:
-    return weight.new_empty((weight.shape[0], d.shape[1], b.shape[1], a.shape[1]))
+def _fake(weight: Tensor, a: Tensor, b: Tensor, d: Tensor, factors: int, identity: bool) -> Tensor:
+    types, _, rows, cols = weight.shape
+    more = (b.shape[1], a.shape[1])
+    size = (rows + more[0], cols + more[1]) if identity else more
+    return weight.new_empty((types, d.shape[1], *size))
 
 
 def _fake_backward(
@@ -119,13 +131,24 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.factors = inputs[4]
+    ctx.factors, ctx.identity = inputs[4:]
+
+
+def _below_identity(factor: Tensor) -> Tensor:
+    eye = torch.eye(factor.shape[2], dtype=factor.dtype, device=factor.device)
+    return torch.cat([eye.expand(factor.shape[0], -1, -1), factor], 1)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_source = ctx.needs_input_grad[0]
-    slopes = torch.ops.pyvitfast.kron_grow_backward(grad, *ctx.saved_tensors, ctx.factors, of_source)
-    return (slopes[0] if of_source else None, *slopes[1:], None)
+    weight, a, b, d = ctx.saved_tensors
+    if ctx.identity:
+        a, b = _below_identity(a), _below_identity(b)
+    run = torch.ops.pyvitfast.kron_grow_backward
+    source, of_a, of_b, of_d = run(grad, weight, a, b, d, ctx.factors, of_source)
+    if ctx.identity:
+        of_a, of_b = of_a[:, weight.shape[3] :], of_b[:, weight.shape[2] :]
+    return (source if of_source else None, of_a, of_b, of_d, None, None)
 
 
 def _refuse_second(ctx: Any, *_: Any) -> None:

@@ -19,8 +19,8 @@ def stack(source, target, factors="shared", types=1, dtype=torch.float32):
     return [t.to(dtype) for t in made]
 
 
-def sample(source, target, factors="shared", types=1):
-    options = {} if factors == "shared" else {"factors": factors}
+def sample(source, target, factors="shared", types=1, **options):
+    options |= {} if factors == "shared" else {"factors": factors}
     return lambda dtype: (tuple(stack(source, target, factors, types, dtype)), options)
 
 
@@ -48,6 +48,9 @@ TABLE = OpTable(
         Sample("fewer_layers", sample((4, 3, 4), (2, 5, 6))),
         Sample("source", sample((2, 3, 4), (5, 5, 6), "source", types=3)),
         Sample("target", sample((3, 3, 4), (5, 7, 6), "target", types=2)),
+        Sample("identity", sample((2, 3, 4), (3, 5, 6), types=2, identity=True)),
+        Sample("identity_target", sample((3, 3, 4), (5, 7, 6), "target", types=2, identity=True)),
+        Sample("identity_one_side", sample((2, 5, 5), (2, 0, 60), identity=True)),
         Sample("wide_left", sample((6, 33, 20), (3, 40, 70))),
         Sample("wide_right", sample((2, 33, 60), (6, 64, 70), types=2)),
         Sample("narrower", sample((3, 8, 8), (3, 4, 2), "source")),
@@ -74,6 +77,13 @@ TABLE = OpTable(
             bad(a=torch.ones(2, 6, 4), b=torch.ones(2, 5, 3), factors="target"),
         ),
         BadCall("factors", ValueError, "`factors` must be 'source' or 'target'", bad(factors="layer")),
+        BadCall(
+            "identity_of_source",
+            ValueError,
+            "goes with shared factors",
+            bad(a=torch.ones(2, 6, 4), b=torch.ones(2, 5, 3), identity=True),
+        ),
+        BadCall("identity_type", TypeError, "`identity` must be True or False", bad(identity=1)),
         BadCall("integer", TypeError, "must have dtype", bad(d=torch.ones(1, 3, 2, dtype=torch.int32))),
     ],
     bound=bound,
@@ -117,6 +127,15 @@ def test_factors_of_layers_come_before_or_after_mixing():
 def test_identity_returns_the_source_bit_for_bit():
     w = torch.randn(2, 3, 5, 7)
     assert torch.equal(ops.kron_grow(w, torch.eye(7), torch.eye(5), torch.eye(3).expand(2, 3, 3)), w)
+
+
+def test_identity_is_written_out_rows():
+    w, a, b, d = stack((2, 3, 4), (3, 5, 6), types=2, dtype=torch.float64)
+    eyes = [torch.eye(n, dtype=torch.float64) for n in (4, 3)]
+    want = ops.kron_grow(w, torch.cat([eyes[0], a]), torch.cat([eyes[1], b]), d)
+    got = ops.kron_grow(w, a, b, d, identity=True)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    assert torch.equal(got[:, :, :3, :4], ops.kron_grow(w, *eyes, d))
 
 
 @settings(max_examples=15, deadline=None)

@@ -19,14 +19,15 @@ constexpr const char* kName = "kron_grow";
 struct Kron : KronSizes {
     Tensor weight, a, b, d;
     Factors factors;
+    bool identity = false;
 
     int64_t source() const { return out1 * in1; }
     int64_t target() const { return out2 * in2; }
-    bool depth_first() const { return kron_depth_first(*this, factors); }
+    bool depth_first() const { return identity || kron_depth_first(*this, factors); }
 };
 
 Kron describe(const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& d,
-              int64_t factors) {
+              int64_t factors, bool identity) {
     STD_TORCH_CHECK(weight.dim() == 4 && a.dim() == 3 && b.dim() == 3 && d.dim() == 3 &&
                         factors >= 0 && factors <= 2,
                     kName, ": `weight` has 4 dimensions, factors and depth have 3");
@@ -37,13 +38,17 @@ Kron describe(const Tensor& weight, const Tensor& a, const Tensor& b, const Tens
         STD_TORCH_CHECK(tensor->scalar_type() == weight.scalar_type(), kName,
                         ": all tensors must have one dtype");
     }
-    Kron k{{weight.size(0), weight.size(1), weight.size(2), weight.size(3), d.size(1), b.size(1),
-            a.size(1)},
-           torch::stable::contiguous(weight),
-           torch::stable::contiguous(a),
-           torch::stable::contiguous(b),
-           torch::stable::contiguous(d),
-           static_cast<Factors>(factors)};
+    Kron k{
+        {weight.size(0), weight.size(1), weight.size(2), weight.size(3), d.size(1),
+         b.size(1) + (identity ? weight.size(2) : 0), a.size(1) + (identity ? weight.size(3) : 0)},
+        torch::stable::contiguous(weight),
+        torch::stable::contiguous(a),
+        torch::stable::contiguous(b),
+        torch::stable::contiguous(d),
+        static_cast<Factors>(factors),
+        identity};
+    STD_TORCH_CHECK(!identity || k.factors != Factors::kSource, kName,
+                    ": with an identity on top, factors must not be the source's");
     const int64_t count = k.factors == Factors::kShared   ? 1
                           : k.factors == Factors::kSource ? k.layers1
                                                           : k.layers2;
@@ -90,6 +95,42 @@ class Steps {
         p.batch = all_of(k_.types);
         p.accumulate = onto;
         products_.run(p);
+    }
+
+    // Layers mixed into the corners of the target, [types, layers2, out2, in2].
+    void mix_into_corners(const View& target) const {
+        StridedProduct p{};
+        p.a = rows_of_view(view_of(k_.d), k_.layers1, {k_.layers1 * k_.layers2, 0});
+        p.b = rows_of_view(view_of(k_.weight), k_.source(), {k_.layers1 * k_.source(), 0});
+        p.b.col.outer = k_.in1;
+        p.c = target.matrix({k_.target(), 0}, {1, k_.in2}, {k_.layers2 * k_.target(), 0});
+        p.rows = all_of(k_.layers2);
+        p.depth = all_of(k_.layers1);
+        p.cols = {k_.source(), k_.in1};
+        p.batch = all_of(k_.types);
+        products_.run(p);
+    }
+
+    // What is right of the corners, then all that is below.
+    void widen_corners(const View& target, int64_t at, int64_t first, int64_t count) const {
+        StridedProduct p{};
+        p.a = rows_of_view(target, k_.in2, {k_.target(), 0}, at);
+        p.b = transposed(factor(k_.a, k_.in2 - k_.in1, k_.in1, first));
+        p.c = rows_of_view(target, k_.in2, {k_.target(), 0}, at + k_.in1);
+        p.rows = all_of(k_.out1);
+        p.depth = all_of(k_.in1);
+        p.cols = all_of(k_.in2 - k_.in1);
+        p.batch = all_of(count);
+        products_.run(p);
+        StridedProduct q{};
+        q.a = factor(k_.b, k_.out2 - k_.out1, k_.out1, first);
+        q.b = rows_of_view(target, k_.in2, {k_.target(), 0}, at);
+        q.c = rows_of_view(target, k_.in2, {k_.target(), 0}, at + k_.out1 * k_.in2);
+        q.rows = all_of(k_.out2 - k_.out1);
+        q.depth = all_of(k_.out1);
+        q.cols = all_of(k_.in2);
+        q.batch = all_of(count);
+        products_.run(q);
     }
 
     // Both factors on matrices [count, out1, in1] at `source`; `between` holds [count, ...].
@@ -245,14 +286,22 @@ void for_each_chunk(const Kron& k, int64_t layers, const F& f) {
     }
 }
 
-Tensor kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int64_t factors) {
-    const Kron k = describe(weight, a, b, d, factors);
+Tensor kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int64_t factors, bool identity) {
+    const Kron k = describe(weight, a, b, d, factors, identity);
     const Tensor out = empty(weight, {k.types, k.layers2, k.out2, k.in2});
     if (out.numel() == 0) {
         return out;
     }
     const Products products = products_of(k);
     const Steps steps(k, products);
+    if (identity) {
+        steps.mix_into_corners(view_of(out));
+        for_each_chunk(k, k.layers2, [&](int64_t type, int64_t first, int64_t count) {
+            steps.widen_corners(view_of(out), (type * k.layers2 + first) * k.target(), first,
+                                count);
+        });
+        return out;
+    }
     const bool depth_first = k.depth_first();
     const int64_t layers = depth_first ? k.layers2 : k.layers1;
     const Tensor between = empty(weight, {kKronAtOnce * std::max(k.out1 * k.in2, k.out2 * k.in1)});
@@ -277,7 +326,7 @@ Tensor kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int64_t factors) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tensor weight, Tensor a,
                                                               Tensor b, Tensor d, int64_t factors,
                                                               bool of_source) {
-    const Kron k = describe(weight, a, b, d, factors);
+    const Kron k = describe(weight, a, b, d, factors, false);
     const Tensor given = torch::stable::contiguous(grad);
     STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == k.types && grad.size(1) == k.layers2 &&
                         grad.size(2) == k.out2 && grad.size(3) == k.in2 &&
@@ -359,7 +408,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tenso
 
 #if PVF_DEFINES_SCHEMAS
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
-    m.def("kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int factors) -> Tensor");
+    m.def(
+        "kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int factors, bool identity) -> "
+        "Tensor");
     m.def(
         "kron_grow_backward(Tensor grad, Tensor weight, Tensor a, Tensor b, Tensor d, int factors, "
         "bool of_source) -> (Tensor, Tensor, Tensor, Tensor)");
