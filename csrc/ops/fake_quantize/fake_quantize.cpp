@@ -155,11 +155,13 @@ TensorList fake_quantize_backward(TensorList grads, TensorList weights, TensorLi
     FakeQuantizeParams params{};
     params.options = in.options;
     params.sums = partial;
-    launch_in_tables(kName, in.entries, kMaxQuantizeTensors, params, quantize_backward_tiles,
-                     [&](FakeQuantizeParams p, size_t first) {
-                         p.tickets = static_cast<int32_t*>(tickets.data_ptr()) + first;
-                         return fake_quantize_backward_cuda(p, in.wide, scope.stream());
-                     });
+    launch_in_tables(
+        kName, in.entries, kMaxQuantizeTensors, params,
+        [](const QuantizeTensor& entry) { return quantize_backward_tiles(entry); },
+        [&](FakeQuantizeParams p, size_t first) {
+            p.tickets = static_cast<int32_t*>(tickets.data_ptr()) + first;
+            return fake_quantize_backward_cuda(p, in.wide, scope.stream());
+        });
 #endif
     return out;
 }
