@@ -39,6 +39,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         "compile": lambda: compiled(weight, *factors),
         "layer by layer": lambda: layer_by_layer(weight, *factors),
     }
+    whole = [torch.cat([torch.eye(small, device=device), f.detach()[small:]]) for f in factors[:2]]
     work = 3 * layers * (small * large * (small + large) + layers * small * small)
     moved = 4 * (weight.numel() + upstream.numel() + sum(f.numel() for f in factors))
     for direction in ("forward", "both"):
@@ -65,3 +66,23 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             flops=2 * work * (1 if direction == "forward" else 3),
             tolerance=1e-4,
         )
+    yield Case(
+        op="kron_grow",
+        case="identity on top",
+        shape="x".join(map(str, weight.shape)),
+        dtype="float32",
+        direction="forward",
+        ours=lambda: ops.kron_grow(
+            weight, *(f.detach()[small:] for f in factors[:2]), factors[2].detach(), identity=True
+        ),
+        peers={
+            "eager": Peer(lambda: mixed_at_once(weight, *whole, factors[2].detach())),
+            "layer by layer": Peer(lambda: layer_by_layer(weight, *whole, factors[2].detach())),
+        },
+        expected=lambda: [
+            reference.kron_grow(weight.double(), *(f.double() for f in whole), factors[2].detach().double())
+        ],
+        least_bytes=moved,
+        flops=2 * work,
+        tolerance=1e-4,
+    )

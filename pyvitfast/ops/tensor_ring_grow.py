@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops.kron_grow import kron_grow
 
 NAME = "tensor_ring_grow"
 NAMES = ("weight", "s_b", "s_o", "s_l", "s_i")
@@ -55,6 +56,26 @@ def _check(tensors: tuple[Any, ...], columns: int) -> None:
         )
 
 
+def _delays_layers(weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: Tensor) -> bool:
+    """Whether layers are better mixed last: with bonds of 1 and more layers in the target."""
+    layers, slots, rows, cols = weight.shape
+    bonds = [core.shape[0] for core in (s_b, s_o, s_l, s_i)]
+    if bonds != [1, 1, 1, 1] or s_l.shape[2] <= layers or 0 in (layers, slots, rows, cols):
+        return False
+    slots2, rows2, layers2, cols2 = (core.shape[2] for core in (s_b, s_o, s_l, s_i))
+    width = slots2 * rows2 * cols * (rows + cols2)
+    ring = slots * layers * rows * cols * rows2 + slots2 * layers2 * cols * rows2 * cols2
+    return layers * width + slots2 * layers * layers2 * rows2 * cols2 < ring
+
+
+def _by_layers_last(weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: Tensor) -> Tensor:
+    """As one stack of matrices for each target slot, whose layers are mixed by :func:`kron_grow`."""
+    b, o, layers, i = (core[0, :, :, 0] for core in (s_b, s_o, s_l, s_i))
+    mixed = (b.T @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+    d = layers.T.expand(b.shape[1], -1, -1)
+    return kron_grow(mixed.transpose(0, 1), i.T, o.T, d).transpose(0, 1).contiguous()
+
+
 def tensor_ring_grow(
     weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: Tensor, *, columns: int = 0
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,9 +105,10 @@ def tensor_ring_grow(
 
     Sums are float32, also for 16-bit arguments (which are converted once, and the result back), float64 for
     float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast is
-    ignored. On the CPU nothing between the cores is kept but a few megabytes a thread, on CUDA and in the
-    backward pass at most about a quarter of source and target (more only for small targets). NaN and Inf
-    spread to all that they meet.
+    ignored. With bonds of 1 and more target layers, layers are mixed last where that is cheaper. Otherwise, on
+    the CPU, nothing between the cores is kept but a few megabytes a thread and two copies in the kernel's
+    order; on CUDA and in the backward pass at most about a quarter of source and target (more only for small
+    targets). NaN and Inf spread to all that they meet.
 
     Source:
         Mango (Pan et al., NeurIPS 2023). The accessible text names four cores in tensor-ring form; the order
@@ -106,6 +128,12 @@ def tensor_ring_grow(
         dtype = torch.promote_types(dtype, core.dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight, s_b, s_o, s_l, s_i = (t.to(wide) for t in given)
+    if _delays_layers(weight, s_b, s_o, s_l, s_i):
+        grown = _by_layers_last(weight, s_b, s_o, s_l, s_i).to(dtype)
+        if not columns:
+            return grown
+        kept = grown.shape[1] - columns
+        return grown[:, :kept].contiguous(), grown[:, kept:].transpose(1, 2).flatten(2)
     # Each core as the matrix that the kernels multiply with.
     packed = (
         s_b.permute(0, 2, 1, 3),
