@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -71,7 +72,10 @@ def _delays_layers(weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: T
 def _by_layers_last(weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: Tensor) -> Tensor:
     """As one stack of matrices for each target slot, whose layers are mixed by :func:`kron_grow`."""
     b, o, layers, i = (core[0, :, :, 0] for core in (s_b, s_o, s_l, s_i))
-    mixed = (b.T @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+    device = weight.device.type
+    active = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
+        mixed = (b.T @ weight.flatten(2)).unflatten(2, weight.shape[2:])
     d = layers.T.expand(b.shape[1], -1, -1)
     return kron_grow(mixed.transpose(0, 1), i.T, o.T, d).transpose(0, 1).contiguous()
 
