@@ -75,7 +75,7 @@ def _by_layers_last(weight: Tensor, s_b: Tensor, s_o: Tensor, s_l: Tensor, s_i: 
     device = weight.device.type
     active = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
-        mixed = (b.T @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+        mixed = (b.T @ weight.flatten(2)).reshape(len(weight), b.shape[1], *weight.shape[2:])
     d = layers.T.expand(b.shape[1], -1, -1)
     return kron_grow(mixed.transpose(0, 1), i.T, o.T, d).transpose(0, 1).contiguous()
 
@@ -109,7 +109,7 @@ def tensor_ring_grow(
 
     Sums are float32, also for 16-bit arguments (which are converted once, and the result back), float64 for
     float64. Their order depends on the shapes alone, so bits do not depend on threads or runs; autocast is
-    ignored. With bonds of 1 and more target layers, layers are mixed last where that is cheaper. Otherwise, on
+    ignored. With bonds of 1 and more target layers, layers are mixed last where that is cheaper. Else, on
     the CPU, nothing between the cores is kept but a few megabytes a thread and two copies in the kernel's
     order; on CUDA and in the backward pass at most about a quarter of source and target (more only for small
     targets). NaN and Inf spread to all that they meet.
