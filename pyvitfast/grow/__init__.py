@@ -1,9 +1,10 @@
 """Larger Vision Transformers from smaller trained ones."""
 
 from pyvitfast.grow.fixed import Growth
-from pyvitfast.grow.grow import METHODS, GrowthReport, grow, report
+from pyvitfast.grow.grow import METHODS, grow
 from pyvitfast.grow.layout import Layout, Stacked, stack_vit, unstack_vit
 from pyvitfast.grow.optimizer import grow_optimizer_state
+from pyvitfast.grow.outcome import GrowthReport, report
 from pyvitfast.grow.pair import check_pair
 from pyvitfast.grow.rules import IndexMap, LayerMap, advanced_expand, expand, random_map, round_robin
 from pyvitfast.grow.swin import SwinLayout
