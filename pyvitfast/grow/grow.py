@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from pyvitfast.grow.fixed import WIDTHS, Growth, grow_fixed, index_maps
+from pyvitfast.grow.ligo import LiGOOperator
+from pyvitfast.grow.mango import MangoOperator
 from pyvitfast.grow.models import Model, Target, finished, open_pair, set_eps
+from pyvitfast.grow.operators import GrowthOperator, LossFunction
 from pyvitfast.grow.pair import check_average
 from pyvitfast.grow.rules import DEPTH
 
-Method: TypeAlias = Callable[[Growth], dict[str, Tensor]]
+Method: TypeAlias = Callable[[Growth], dict[str, Tensor]] | type[GrowthOperator]
 
 # Width and depth rule of each method; what stands here is what its name says, the other one may be chosen.
 _RULES = {
@@ -28,8 +32,12 @@ _RULES = {
 }
 _NOISE = {"fpi": 0.02, "net2net": 0.02, "aki": 0.0, "average": 0.0}
 
-# A learned operator is one more entry: from a Growth to the target's state dict.
-METHODS: dict[str, Method] = dict.fromkeys(_RULES, grow_fixed)
+# A rule goes from a Growth to the target's state dict; an operator is made from source and target.
+METHODS: dict[str, Method] = {
+    **dict.fromkeys(_RULES, grow_fixed),
+    "mango": MangoOperator,
+    "ligo": LiGOOperator,
+}
 
 
 def grow(
@@ -44,6 +52,10 @@ def grow(
     maps: Mapping[str, Tensor] | None = None,
     neuron_wise: bool = False,
     head: str = "grow",
+    loader: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    steps: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     r"""A model of the target's architecture with weights made from a smaller, trained one.
 
@@ -61,27 +73,35 @@ def grow(
     stack          blocks repeated as a whole; the remainder from the bottom (``stack_top``: from the top)
     interleave     each block repeated on the spot
     identity       new blocks that add nothing yet; exact
+    mango          learned, :class:`MangoOperator`: all weights mix through a ring of four cores
+    ligo           learned, :class:`LiGOOperator`: width factors and layer coefficients
     =============  =========================================================================================
 
     Args:
         source: the trained model: a timm ViT, DeiT or Swin Transformer, a file of :func:`pyvitfast.save`, or
             a timm name, whose pretrained weights are loaded.
         target: the architecture: a model, which stays as it is, a file, or a timm name, which is built with
-            the source's image channels and classes.
+            the source's image channels and classes; or a ``ViTConfig`` or ``SwinConfig``.
         method: one of the above.
         width: width rule of a depth method: ``fpi`` (default), ``net2net``, ``aki`` or ``average``.
         depth: depth rule of a width method: ``stack`` (default; with ``average``, ``identity``),
-            ``stack_top``, ``interleave`` or ``identity``.
+            ``stack_top``, ``interleave`` or ``identity``. Where a learned operator starts from.
         noise: standard deviation of normal noise on new rows and columns of matrices, relative to the root
             mean square of the matrix. By default 0.02 for fpi and net2net, whose copies otherwise receive
             equal gradients for ever, and 0 for aki and average. 0 is exact. As much comes of noise of
-            0.02 / sqrt(D) on the entries of the maps E. Size and place are our choice.
+            0.02 / sqrt(D) on the entries of the maps E, where learned operators have it. Size and place are
+            our choice.
         seed: of noise and random maps.
         maps: int64 index maps, target unit to source unit, for ``embed``, ``heads`` or ``hidden`` instead of
             the rule's; in a Swin Transformer ``embed.0`` and so on, by stage.
         neuron_wise: let aki take the outgoing columns of new heads and hidden units from the next layer too,
             as a re-implementation does, rather than rows only, as the formula says.
         head: ``"grow"``, or ``"target"`` to keep the target's own classifiers.
+        loader: batches that a learned operator is trained on; without, it is used as it starts.
+        loss_fn: the loss that it is trained with; see :meth:`GrowthOperator.fit`.
+        steps: of its training, 100 by default.
+        options: of the learned operator, such as ``rank`` or ``style``, and of its training: ``lr``,
+            ``grad_accum``, ``clip``, ``device``, ``progress``.
 
     Returns:
         A new module that shares no memory with either, in the source's dtype, device and train or eval mode,
@@ -92,7 +112,9 @@ def grow(
         TypeError: a model that is no timm ViT, DeiT or Swin Transformer.
         NotImplementedError: a part that growth does not know, named; average where it is not exact; an
             epsilon that ``pyvitfast.save`` could not keep.
-        ValueError: an unknown method or rule, or a pair that does not fit; see :func:`check_pair`.
+        ValueError: an unknown method, rule or option, one of a learned operator with a fixed rule or the
+            other way round, or a pair that does not fit; see :func:`check_pair`.
+        FloatingPointError: training of a learned operator met a loss that is not finite.
 
     Warns:
         RuntimeWarning: fpi to a width that is no multiple of the source's.
@@ -107,7 +129,17 @@ def grow(
         >>> big = pyvitfast.grow.grow(small, "deit_base_patch16_224", method="fpi")
         >>> print(pyvitfast.grow.report(big))
     """
+    if method not in METHODS:
+        raise ValueError(f"grow: `method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    made = METHODS[method]
+    if isinstance(made, type):
+        fixed = {"width": width, "maps": maps, "neuron_wise": neuron_wise or None}
+        _refuse(method, "is learned and starts from index maps of its own", fixed)
+        start = {"depth": "stack" if depth is None else depth, "noise": noise, "seed": seed, "head": head}
+        return _learned(made, source, target, start, loader, loss_fn, steps, options)
     width, depth = _rules(method, width, depth)
+    learned = {"loader": loader, "loss_fn": loss_fn, "steps": steps, **options}
+    _refuse(method, "is a fixed rule, and nothing is trained", learned)
     if noise is None:
         noise = _NOISE[width]
     if not math.isfinite(noise) or noise < 0:
@@ -139,15 +171,53 @@ def grow(
         seed=seed,
         neuron_wise=neuron_wise,
     )
-    grown = METHODS[method](growth)
+    grown = made(growth)
     grown |= {key: pair.big.state_dict()[key] for key in pair.kept}
     set_eps(pair.big, growth)
-    return finished(pair.big, grown, method, growth, pair)
+    return finished(pair.big, grown, method, growth, pair.resized, pair.kept)
+
+
+def _refuse(method: str, reason: str, given: Mapping[str, Any]) -> None:
+    if found := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"grow: `{found[0]}` must be left out with method {method!r}, which {reason}, got "
+            f"{given[found[0]]!r}."
+        )
+
+
+def _learned(
+    kind: type[GrowthOperator],
+    source: Model,
+    target: Target,
+    start: Mapping[str, Any],
+    loader: Iterable[Any] | None,
+    loss_fn: LossFunction | None,
+    steps: int | None,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    of_start = set(inspect.signature(kind).parameters) - {"source", "target"}
+    of_fit = set(inspect.signature(kind.fit).parameters) - {"self"}
+    if unknown := sorted(set(options) - of_start - of_fit):
+        raise ValueError(
+            f"grow: options of method {kind.method!r} must be among "
+            f"{', '.join(sorted((of_start | of_fit) - set(start)))}, got {', '.join(unknown)}."
+        )
+    training = {name: value for name, value in options.items() if name in of_fit}
+    if steps is not None:
+        training["steps"] = steps
+    if (loader is None) != (loss_fn is None) or (loader is None and training):
+        raise ValueError(
+            "grow: `loader` and `loss_fn` must both be given to train the operator, or neither and nothing else "
+            f"of training, got {'no ' if loader is None else ''}loader, {'no ' if loss_fn is None else ''}"
+            f"loss_fn and {training}."
+        )
+    operator = kind(source, target, **start, **{n: v for n, v in options.items() if n in of_start})
+    if loader is not None and loss_fn is not None:
+        operator.fit(loader, loss_fn, **training)
+    return operator.materialize()
 
 
 def _rules(method: str, width: str | None, depth: str | None) -> tuple[str, str]:
-    if method not in METHODS:
-        raise ValueError(f"grow: `method` must be one of {', '.join(METHODS)}, got {method!r}.")
     own_width, own_depth = _RULES.get(method, ("fpi", "stack"))
     for name, given, own, known in (
         ("width", width, own_width, WIDTHS),

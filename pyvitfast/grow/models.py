@@ -41,6 +41,7 @@ class Pair:
         target: layout of ``big``.
         resized: parameters that were interpolated for another image grid.
         kept: parameters that stay the target's own.
+        training: mode of both.
     """
 
     big: nn.Module
@@ -49,6 +50,7 @@ class Pair:
     target: AnyLayout
     resized: tuple[str, ...]
     kept: tuple[str, ...]
+    training: bool
 
 
 def open_pair(source: Model, target: Target, head: str, seed: int) -> Pair:
@@ -77,16 +79,22 @@ def open_pair(source: Model, target: Target, head: str, seed: int) -> Pair:
         target=new,
         resized=tuple(key for key in state if state[key] is not weights[key]),
         kept=tuple(key for key in big.state_dict() if head == "target" and key.startswith(new.head_names)),
+        training=small.training,
     )
 
 
 def finished(
-    big: nn.Module, grown: Mapping[str, Tensor], method: str, growth: Growth, pair: Pair
+    big: nn.Module,
+    grown: Mapping[str, Tensor],
+    method: str,
+    growth: Growth,
+    resized: tuple[str, ...],
+    kept: tuple[str, ...],
 ) -> nn.Module:
     """``big`` with the weights ``grown`` and the report of how they came about."""
     big.load_state_dict(grown)
     notes: Any = big
-    notes.growth = growth_report(method, growth, pair.resized, pair.kept)
+    notes.growth = growth_report(method, growth, resized, kept)
     return big
 
 
