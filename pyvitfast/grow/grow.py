@@ -207,8 +207,8 @@ def _learned(
         training["steps"] = steps
     if (loader is None) != (loss_fn is None) or (loader is None and training):
         raise ValueError(
-            "grow: `loader` and `loss_fn` must both be given to train the operator, or neither and nothing else "
-            f"of training, got {'no ' if loader is None else ''}loader, {'no ' if loss_fn is None else ''}"
+            "grow: `loader` and `loss_fn` must both be given to train the operator, or neither and nothing "
+            f"else of training, got {'no ' if loader is None else ''}loader, {'no ' if loss_fn is None else ''}"
             f"loss_fn and {training}."
         )
     operator = kind(source, target, **start, **{n: v for n, v in options.items() if n in of_start})

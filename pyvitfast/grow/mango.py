@@ -140,7 +140,8 @@ class MangoOperator(GrowthOperator):
         one, few = torch.eye(old.dim, dtype=torch.float64), torch.eye(old.ratio, dtype=torch.float64)
         scale = 1.0 if old.qk_norm else self._query_scale
         slots = torch.zeros(2 * old.ratio + 4, 2 * new.ratio + 4, dtype=torch.float64)
-        slots[:4, :4] = torch.diag(torch.tensor([scale, 1.0, 1.0, 1.0]))
+        slots[:4, :4] = torch.eye(4)
+        slots[0, 0] = scale
         slots[4 : 4 + old.ratio, 4 : 4 + new.ratio] = pieces.copy(few, 1)
         slots[4 + old.ratio :, 4 + new.ratio :] = pieces.split(few, 1)
         chosen = self.growth.layers[0].index

@@ -27,7 +27,9 @@ def sample(source, target, ranks, **kwargs):
 
 
 def bound(args, kwargs, expected, dtype):
-    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-14}[dtype]
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-14}[
+        dtype
+    ]
     # Inputs are exact; products of many random terms are off by their typical size, not by their own.
     return [unit * (e.abs() + 10 * (e.abs().mean() if e.numel() else 0) + 1e-6) for e in expected]
 
@@ -56,11 +58,15 @@ TABLE = OpTable(
     ],
     bad_calls=[
         BadCall("modes", ValueError, "`s_o` must have 4 modes", bad(s_o=torch.ones(2, 3, 4))),
-        BadCall("mode", ValueError, "`s_b` must have the 3 slots of `weight`", bad(s_b=torch.ones(1, 2, 3, 2))),
+        BadCall(
+            "mode", ValueError, "`s_b` must have the 3 slots of `weight`", bad(s_b=torch.ones(1, 2, 3, 2))
+        ),
         BadCall("bond", ValueError, "between `s_o` and `s_l`", bad(s_o=torch.ones(2, 4, 4, 2))),
         BadCall("columns", ValueError, "from 0 to the 3 slots", bad(columns=4)),
         BadCall("columns_type", TypeError, "`columns` must be a whole number", bad(columns=1.0)),
-        BadCall("integer", TypeError, "must have dtype", bad(weight=torch.ones(2, 3, 4, 5, dtype=torch.int32))),
+        BadCall(
+            "integer", TypeError, "must have dtype", bad(weight=torch.ones(2, 3, 4, 5, dtype=torch.int32))
+        ),
         BadCall("list", TypeError, "`weight` must be a tensor", bad(weight=[1.0])),
     ],
     bound=bound,
@@ -141,7 +147,9 @@ def test_linear_in_the_source_and_each_core():
     for place in range(5):
         other = torch.randn_like(made[place])
         call = lambda t, place=place: ops.tensor_ring_grow(*made[:place], t, *made[place + 1 :])  # noqa: E731
-        torch.testing.assert_close(call(2 * made[place] + other), 2 * want + call(other), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            call(2 * made[place] + other), 2 * want + call(other), rtol=1e-11, atol=1e-13
+        )
 
 
 def test_order_of_layers_and_slots_is_a_relabelling():
@@ -155,7 +163,10 @@ def test_order_of_layers_and_slots_is_a_relabelling():
 def test_a_sum_of_terms_is_a_ring_of_diagonal_bonds():
     torch.manual_seed(0)
     weight = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    terms = [[torch.randn(n, m, dtype=torch.float64) for n, m in ((3, 4), (4, 6), (2, 3), (5, 7))] for _ in range(3)]
+    terms = [
+        [torch.randn(n, m, dtype=torch.float64) for n, m in ((3, 4), (4, 6), (2, 3), (5, 7))]
+        for _ in range(3)
+    ]
     want = sum(torch.einsum("lboi,bc,op,lm,ij->mcpj", weight, *term) for term in terms)
     cores = [torch.zeros(3, *terms[0][x].shape, 3, dtype=torch.float64) for x in range(4)]
     for r, term in enumerate(terms):
