@@ -23,6 +23,7 @@ from pyvitfast.grow.rules import (
 from pyvitfast.grow.swin import SwinLayout
 
 AnyLayout: TypeAlias = Layout | SwinLayout
+WIDTHS = ("fpi", "net2net", "aki", "average")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class Growth:
         state: the source's state dict; position embeddings have the target's grid already.
         source: layout of ``state``.
         target: layout of the target.
-        width: width rule: ``fpi``, ``net2net``, ``aki`` or ``average``.
+        width: width rule: ``fpi``, ``net2net``, ``aki`` or ``average``; or the name of a learned operator.
         depth: depth rule: ``stack``, ``stack_top``, ``interleave`` or ``identity``.
         maps: map of each axis of the source's stages.
         layers: map of the blocks of each stage.

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
-import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-import timm
-import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from pyvitfast.grow.fixed import AnyLayout, Growth, grow_fixed, index_maps
-from pyvitfast.grow.layout import Layout
-from pyvitfast.grow.pair import check_average, check_pair
+from pyvitfast.grow.fixed import WIDTHS, Growth, grow_fixed, index_maps
+from pyvitfast.grow.ligo import LiGOOperator
+from pyvitfast.grow.mango import MangoOperator
+from pyvitfast.grow.models import Model, Target, finished, open_pair, set_eps
+from pyvitfast.grow.operators import GrowthOperator, LossFunction
+from pyvitfast.grow.pair import check_average
 from pyvitfast.grow.rules import DEPTH
-from pyvitfast.grow.swin import SwinLayout
-from pyvitfast.models.architecture import config_of
-from pyvitfast.models.checkpoint import load
-from pyvitfast.models.modules import plain_class, unwrap
-from pyvitfast.models.swin_transformer import PrunedSwinTransformer
 
-Model: TypeAlias = nn.Module | str | os.PathLike[str]
-Method: TypeAlias = Callable[[Growth], dict[str, Tensor]]
+Method: TypeAlias = Callable[[Growth], dict[str, Tensor]] | type[GrowthOperator]
 
 # Width and depth rule of each method; what stands here is what its name says, the other one may be chosen.
 _RULES = {
@@ -41,63 +32,17 @@ _RULES = {
 }
 _NOISE = {"fpi": 0.02, "net2net": 0.02, "aki": 0.0, "average": 0.0}
 
-# A learned operator is one more entry: from a Growth to the target's state dict.
-METHODS: dict[str, Method] = dict.fromkeys(_RULES, grow_fixed)
-
-
-@dataclass(frozen=True, eq=False)
-class GrowthReport:
-    """What :func:`grow` did.
-
-    Args:
-        method: the method.
-        width: its width rule.
-        depth: its depth rule.
-        noise: relative size of the noise on new rows and columns.
-        function_preserving: the grown model computes the source's outputs, up to rounding.
-        copied: parameters with the source's shape.
-        grown: parameters with more units.
-        resized: parameters interpolated for another image grid.
-        kept: parameters that are the target's own.
-        inserted: blocks that add nothing to the residual stream yet.
-        params_before: parameters of the source.
-        params_after: parameters of the grown model.
-        growth: the maps, which :func:`grow_optimizer_state` reads.
-    """
-
-    method: str
-    width: str
-    depth: str
-    noise: float
-    function_preserving: bool
-    copied: tuple[str, ...]
-    grown: tuple[str, ...]
-    resized: tuple[str, ...]
-    kept: tuple[str, ...]
-    inserted: tuple[str, ...]
-    params_before: int
-    params_after: int
-    growth: Growth = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        plain = ("method", "width", "depth", "noise", "function_preserving", "params_before", "params_after")
-        lists = ("copied", "grown", "resized", "kept", "inserted")
-        return {n: getattr(self, n) for n in plain} | {n: list(getattr(self, n)) for n in lists}
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, n))} {n}" for n in ("copied", "grown", "resized", "kept"))
-        return (
-            f"{self.method} (width {self.width}, depth {self.depth}, noise {self.noise:g}), "
-            f"{'' if self.function_preserving else 'not '}function preserving: {self.params_before:,} -> "
-            f"{self.params_after:,} parameters in tensors {counts}; "
-            f"blocks that add nothing yet: {', '.join(self.inserted) or 'none'}"
-        )
+# A rule goes from a Growth to the target's state dict; an operator is made from source and target.
+METHODS: dict[str, Method] = {
+    **dict.fromkeys(_RULES, grow_fixed),
+    "mango": MangoOperator,
+    "ligo": LiGOOperator,
+}
 
 
 def grow(
     source: Model,
-    target: Model,
+    target: Target,
     method: str = "fpi",
     *,
     width: str | None = None,
@@ -107,6 +52,10 @@ def grow(
     maps: Mapping[str, Tensor] | None = None,
     neuron_wise: bool = False,
     head: str = "grow",
+    loader: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    steps: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     r"""A model of the target's architecture with weights made from a smaller, trained one.
 
@@ -124,27 +73,35 @@ def grow(
     stack          blocks repeated as a whole; the remainder from the bottom (``stack_top``: from the top)
     interleave     each block repeated on the spot
     identity       new blocks that add nothing yet; exact
+    mango          learned, :class:`MangoOperator`: all weights mix through a ring of four cores
+    ligo           learned, :class:`LiGOOperator`: width factors and layer coefficients
     =============  =========================================================================================
 
     Args:
         source: the trained model: a timm ViT, DeiT or Swin Transformer, a file of :func:`pyvitfast.save`, or
             a timm name, whose pretrained weights are loaded.
         target: the architecture: a model, which stays as it is, a file, or a timm name, which is built with
-            the source's image channels and classes.
+            the source's image channels and classes; or a ``ViTConfig`` or ``SwinConfig``.
         method: one of the above.
         width: width rule of a depth method: ``fpi`` (default), ``net2net``, ``aki`` or ``average``.
         depth: depth rule of a width method: ``stack`` (default; with ``average``, ``identity``),
-            ``stack_top``, ``interleave`` or ``identity``.
+            ``stack_top``, ``interleave`` or ``identity``. Where a learned operator starts from.
         noise: standard deviation of normal noise on new rows and columns of matrices, relative to the root
             mean square of the matrix. By default 0.02 for fpi and net2net, whose copies otherwise receive
             equal gradients for ever, and 0 for aki and average. 0 is exact. As much comes of noise of
-            0.02 / sqrt(D) on the entries of the maps E. Size and place are our choice.
+            0.02 / sqrt(D) on the entries of the maps E, where learned operators have it. Size and place are
+            our choice.
         seed: of noise and random maps.
         maps: int64 index maps, target unit to source unit, for ``embed``, ``heads`` or ``hidden`` instead of
             the rule's; in a Swin Transformer ``embed.0`` and so on, by stage.
         neuron_wise: let aki take the outgoing columns of new heads and hidden units from the next layer too,
             as a re-implementation does, rather than rows only, as the formula says.
         head: ``"grow"``, or ``"target"`` to keep the target's own classifiers.
+        loader: batches that a learned operator is trained on; without, it is used as it starts.
+        loss_fn: the loss that it is trained with; see :meth:`GrowthOperator.fit`.
+        steps: of its training, 100 by default.
+        options: of the learned operator, such as ``rank`` or ``style``, and of its training: ``lr``,
+            ``grad_accum``, ``clip``, ``device``, ``progress``.
 
     Returns:
         A new module that shares no memory with either, in the source's dtype, device and train or eval mode,
@@ -155,7 +112,9 @@ def grow(
         TypeError: a model that is no timm ViT, DeiT or Swin Transformer.
         NotImplementedError: a part that growth does not know, named; average where it is not exact; an
             epsilon that ``pyvitfast.save`` could not keep.
-        ValueError: an unknown method or rule, or a pair that does not fit; see :func:`check_pair`.
+        ValueError: an unknown method, rule or option, one of a learned operator with a fixed rule or the
+            other way round, or a pair that does not fit; see :func:`check_pair`.
+        FloatingPointError: training of a learned operator met a loss that is not finite.
 
     Warns:
         RuntimeWarning: fpi to a width that is no multiple of the source's.
@@ -170,20 +129,23 @@ def grow(
         >>> big = pyvitfast.grow.grow(small, "deit_base_patch16_224", method="fpi")
         >>> print(pyvitfast.grow.report(big))
     """
+    if method not in METHODS:
+        raise ValueError(f"grow: `method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    made = METHODS[method]
+    if isinstance(made, type):
+        fixed = {"width": width, "maps": maps, "neuron_wise": neuron_wise or None}
+        _refuse(method, "is learned and starts from index maps of its own", fixed)
+        start = {"depth": "stack" if depth is None else depth, "noise": noise, "seed": seed, "head": head}
+        return _learned(made, source, target, start, loader, loss_fn, steps, options)
     width, depth = _rules(method, width, depth)
+    learned = {"loader": loader, "loss_fn": loss_fn, "steps": steps, **options}
+    _refuse(method, "is a fixed rule, and nothing is trained", learned)
     if noise is None:
         noise = _NOISE[width]
     if not math.isfinite(noise) or noise < 0:
         raise ValueError(f"grow: `noise` must be a number of at least 0, got {noise}.")
-    if head not in ("grow", "target"):
-        raise ValueError(f"grow: `head` must be 'grow' or 'target', got {head!r}.")
-    with torch.random.fork_rng(devices=[]):  # building a model draws its first weights
-        torch.default_generator.manual_seed(seed)
-        small = _source(source)
-        old = layout_of(small)
-        big = _target(target, old)
-        new = layout_of(big)
-    check_pair(old, new, keep_head=head == "target")
+    pair = open_pair(source, target, head, seed)
+    old, new = pair.source, pair.target
     if width == "average":
         check_average(old, new)
     if width == "fpi" and any(b.dim % a.dim for a, b in zip(old.stages, new.stages, strict=True)):
@@ -194,11 +156,9 @@ def grow(
             RuntimeWarning,
             stacklevel=2,
         )
-    weights = {key: t.detach() for key, t in small.state_dict().items()}
-    state = old.resized(weights, new.img_size)
     growth = Growth(
-        state=state,
-        source=replace(old, img_size=new.img_size),
+        state=pair.state,
+        source=old,
         target=new,
         width=width,
         depth=depth,
@@ -211,26 +171,56 @@ def grow(
         seed=seed,
         neuron_wise=neuron_wise,
     )
-    grown = METHODS[method](growth)
-    kept = [key for key in big.state_dict() if head == "target" and key.startswith(new.head_names)]
-    grown |= {key: big.state_dict()[key] for key in kept}
-    some = next(iter(weights.values()))
-    big = big.to(some.device, some.dtype)
-    big.load_state_dict(grown)
-    _set_eps(big, old, new, growth)
-    big.train(small.training)
-    resized = tuple(key for key in state if state[key] is not weights[key])
-    notes: Any = big
-    notes.growth = _report(method, growth, resized, tuple(kept))
-    return big
+    grown = made(growth)
+    grown |= {key: pair.big.state_dict()[key] for key in pair.kept}
+    set_eps(pair.big, growth)
+    return finished(pair.big, grown, method, growth, pair.resized, pair.kept)
+
+
+def _refuse(method: str, reason: str, given: Mapping[str, Any]) -> None:
+    if found := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"grow: `{found[0]}` must be left out with method {method!r}, which {reason}, got "
+            f"{given[found[0]]!r}."
+        )
+
+
+def _learned(
+    kind: type[GrowthOperator],
+    source: Model,
+    target: Target,
+    start: Mapping[str, Any],
+    loader: Iterable[Any] | None,
+    loss_fn: LossFunction | None,
+    steps: int | None,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    of_start = set(inspect.signature(kind).parameters) - {"source", "target"}
+    of_fit = set(inspect.signature(kind.fit).parameters) - {"self"}
+    if unknown := sorted(set(options) - of_start - of_fit):
+        raise ValueError(
+            f"grow: options of method {kind.method!r} must be among "
+            f"{', '.join(sorted((of_start | of_fit) - set(start)))}, got {', '.join(unknown)}."
+        )
+    training = {name: value for name, value in options.items() if name in of_fit}
+    if steps is not None:
+        training["steps"] = steps
+    if (loader is None) != (loss_fn is None) or (loader is None and training):
+        raise ValueError(
+            "grow: `loader` and `loss_fn` must both be given to train the operator, or neither and nothing "
+            f"else of training, got {'no ' if loader is None else ''}loader, {'no ' if loss_fn is None else ''}"
+            f"loss_fn and {training}."
+        )
+    operator = kind(source, target, **start, **{n: v for n, v in options.items() if n in of_start})
+    if loader is not None and loss_fn is not None:
+        operator.fit(loader, loss_fn, **training)
+    return operator.materialize()
 
 
 def _rules(method: str, width: str | None, depth: str | None) -> tuple[str, str]:
-    if method not in METHODS:
-        raise ValueError(f"grow: `method` must be one of {', '.join(METHODS)}, got {method!r}.")
     own_width, own_depth = _RULES.get(method, ("fpi", "stack"))
     for name, given, own, known in (
-        ("width", width, own_width, tuple(_NOISE)),
+        ("width", width, own_width, WIDTHS),
         ("depth", depth, own_depth, tuple(DEPTH)),
     ):
         if given is not None and given not in known:
@@ -241,114 +231,3 @@ def _rules(method: str, width: str | None, depth: str | None) -> tuple[str, str]
                 f"{given!r}. Choose the method by one of width and depth, and the other rule by name."
             )
     return width or own_width, depth or own_depth
-
-
-def layout_of(model: nn.Module) -> AnyLayout:
-    """The layout of a model of a family that grows.
-
-    Raises:
-        TypeError: another family.
-        NotImplementedError: a part that growth does not know.
-    """
-    swin = plain_class(unwrap(model)) in (SwinTransformer, PrunedSwinTransformer)
-    return SwinLayout.of(model) if swin else Layout.of(model)
-
-
-def _is_file(model: str | os.PathLike[str]) -> bool:
-    return not isinstance(model, str) or Path(model).suffix == ".safetensors" or os.sep in model
-
-
-def _source(model: Model) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return unwrap(model)
-    if _is_file(model):
-        return load(model)
-    _check_name("source", str(model))
-    try:
-        made: nn.Module = timm.create_model(str(model), pretrained=True).eval()
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"grow: `source` must be trained, and timm could not load weights for {model!r}: {error}. Pass a "
-            "model or a file of pyvitfast.save."
-        ) from error
-    return made
-
-
-def _target(model: Model, source: AnyLayout) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(unwrap(model))
-    if _is_file(model):
-        return load(model)
-    _check_name("target", str(model))
-    made: nn.Module = timm.create_model(str(model), num_classes=source.num_classes, in_chans=source.in_chans)
-    return made
-
-
-def _check_name(role: str, name: str) -> None:
-    if not timm.is_model(name):
-        raise ValueError(
-            f"grow: `{role}` must be a model, a .safetensors file or a name that timm knows, got {name!r}. "
-            "See timm.list_models()."
-        )
-
-
-def _set_eps(model: nn.Module, source: AnyLayout, target: AnyLayout, growth: Growth) -> None:
-    embed = growth.maps[source.stages[0].axis("embed")]
-    share = len(embed.index) / (len(embed.index) + embed.means)
-    for name, norm in model.named_modules():
-        if isinstance(norm, nn.LayerNorm):
-            norm.eps = source.eps * (1.0 if name.endswith(("q_norm", "k_norm")) else share)
-    if source.eps * share != target.eps:
-        try:
-            config_of(model)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"grow: LayerNorms must get eps {source.eps * share:g} where the target has {target.eps:g}, "
-                f"which pyvitfast.save could not keep for this model: {error} Build the target with the "
-                "source's eps, and with a width that is a multiple of the source's."
-            ) from error
-
-
-def _report(method: str, growth: Growth, resized: tuple[str, ...], kept: tuple[str, ...]) -> GrowthReport:
-    old, new = growth.source.parameters(), growth.target.parameters()
-    same = {key for key, p in new.items() if old[growth.origin(key)[0]].shape == p.shape}
-    used = {axis for p in old.values() for axis in (p.writes and p.writes[1], p.reads) if axis}
-    wider = any(bool(growth.maps[axis].new.any()) for axis in used)
-    embeds = [growth.maps[stage.axis("embed")] for stage in growth.source.stages]
-    statistics = all(embed.means or embed.uniform for embed in embeds)
-    exact_width = not wider or (statistics and not growth.noise and growth.width != "aki")
-    exact_depth = growth.depth == "identity" or not any(
-        a.depth != b.depth for a, b in zip(growth.source.stages, growth.target.stages, strict=True)
-    )
-    return GrowthReport(
-        method=method,
-        width=growth.width,
-        depth=growth.depth,
-        noise=growth.noise,
-        function_preserving=method in _RULES and exact_width and exact_depth and not (resized or kept),
-        copied=tuple(key for key in new if key in same and key not in (*resized, *kept)),
-        grown=tuple(key for key in new if key not in same and key not in kept),
-        resized=resized,
-        kept=kept,
-        inserted=tuple(
-            f"{stage.prefix}.{i}"
-            for stage, layers in zip(growth.target.stages, growth.layers, strict=True)
-            for i, added in enumerate(layers.inserted)
-            if added
-        ),
-        params_before=sum(math.prod(p.shape) for p in old.values()),
-        params_after=sum(math.prod(p.shape) for p in new.values()),
-        growth=replace(growth, state={}),
-    )
-
-
-def report(model: nn.Module) -> GrowthReport:
-    """What :func:`grow` did to make a model.
-
-    Raises:
-        ValueError: the model is not from :func:`grow` in this process; files do not keep the report.
-    """
-    found = getattr(unwrap(model), "growth", None)
-    if not isinstance(found, GrowthReport):
-        raise ValueError("report: `model` must come from grow() in this process, got one without a report.")
-    return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyvitfast.grow.fixed import Growth, scaled_queries
-from pyvitfast.grow.grow import report
+from pyvitfast.grow.fixed import WIDTHS, Growth, scaled_queries
 from pyvitfast.grow.layout import Parameter
+from pyvitfast.grow.outcome import report
 from pyvitfast.models.modules import unwrap
 
 # The power of the gradient that an entry of the state averages.
@@ -37,7 +37,7 @@ def grow_optimizer_state(
     Returns:
         Names of the parameters whose state was carried over. Others start fresh: those of inserted blocks,
         kept heads and resized embeddings, and all of them where copies are not exchangeable or the function
-        changes: aki, unequal counts of channels, mean channels, repeated blocks.
+        changes: learned operators, aki, unequal counts of channels, mean channels, repeated blocks.
 
     Raises:
         ValueError: ``grown`` is not from :func:`grow`, ``source`` is not the model it was made of, or the
@@ -74,7 +74,7 @@ def _exchangeable(growth: Growth) -> bool:
     pairs = zip(growth.source.stages, growth.target.stages, strict=True)
     repeated = growth.depth != "identity" and any(a.depth != b.depth for a, b in pairs)
     uniform = all(growth.maps[stage.axis("embed")].uniform for stage in growth.source.stages)
-    return uniform and not repeated and growth.width != "aki"
+    return uniform and not repeated and growth.width in WIDTHS and growth.width != "aki"
 
 
 def _carried(growth: Growth, key: str, p: Parameter, entry: str, value: object) -> object:
