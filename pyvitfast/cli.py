@@ -82,6 +82,31 @@ Compare = Annotated[
     bool | None,
     typer.Option("--compare/--no-compare", help="Finetune straight-through beside it, for the report."),
 ]
+Source = Annotated[
+    str | None, typer.Option("--source", "--model", help="The small model: timm name, or a file of ours.")
+]
+GrowTo = Annotated[
+    str | None, typer.Option("--target", help="The large model: timm name, or a file of ours.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="mango or ligo, which learn; fpi, net2net, aki, average; stack, interleave, identity."),
+]
+Rank = Annotated[int | None, typer.Option(help="Of Mango's bonds.")]
+OperatorSteps = Annotated[int | None, typer.Option(help="Training steps of the operator.")]
+OperatorLr = Annotated[float | None, typer.Option(help="Learning rate in them.  [default: by the width]")]
+GrowNoise = Annotated[float | None, typer.Option(help="Relative noise on new units; 0 is exact.")]
+GrowWidth = Annotated[
+    str | None, typer.Option("--width", help="Width rule of a depth method: fpi, net2net, aki or average.")
+]
+GrowDepth = Annotated[
+    str | None, typer.Option("--depth", help="Depth rule: stack, stack_top, interleave or identity.")
+]
+FromScratch = Annotated[
+    bool | None,
+    typer.Option("--compare/--no-compare", help="Train the target from scratch beside it, for the report."),
+]
+TargetEpochs = Annotated[int | None, typer.Option(help="Epochs of the target's training.")]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -348,6 +373,53 @@ def quantize(
     from pyvitfast.train import quantize as job
 
     _run("quantize", job, parameters)
+
+
+@verb
+def grow(
+    model: Source = None,
+    grow_to: GrowTo = None,
+    method: Method = None,
+    rank: Rank = None,
+    data: DataSpec = None,
+    out: Out = None,
+    operator_steps: OperatorSteps = None,
+    operator_lr: OperatorLr = None,
+    grow_noise: GrowNoise = None,
+    grow_width: GrowWidth = None,
+    grow_depth: GrowDepth = None,
+    compare: FromScratch = None,
+    epochs: Epochs = None,
+    finetune_epochs: TargetEpochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    imbalance: Imbalance = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Grow a trained model into a larger one, and train that.
+
+    A source from a file is grown at once; a timm name is trained first.
+    """
+    parameters = dict(locals())
+    from pyvitfast.train import grow as job
+
+    _run("grow", job, parameters)
 
 
 @verb

@@ -122,7 +122,7 @@ MAY_IMPORT = {
     "grow": {"grow", "models", "ops", "reference"},
     "prune": {"prune", "models", "ops", "reference"},
     "quantize": {"quantize", "models", "ops", "reference"},
-    "train": {"train", "prune", "quantize", "models", "ops", "info", "_version"},
+    "train": {"train", "grow", "prune", "quantize", "models", "ops", "info", "_version"},
     "report": {"report", "models", "info", "_version"},
     "cli": {"train", "report", "prune", "models", "info", "_version", "ops"},
     "__main__": {"cli"},

@@ -208,8 +208,8 @@ def _learned(
     if (loader is None) != (loss_fn is None) or (loader is None and training):
         raise ValueError(
             "grow: `loader` and `loss_fn` must both be given to train the operator, or neither and nothing "
-            f"else of training, got {'no ' if loader is None else ''}loader, {'no ' if loss_fn is None else ''}"
-            f"loss_fn and {training}."
+            f"else of training, got {'no' if loader is None else 'a'} loader, "
+            f"{'no' if loss_fn is None else 'a'} loss_fn and {training}."
         )
     operator = kind(source, target, **start, **{n: v for n, v in options.items() if n in of_start})
     if loader is not None and loss_fn is not None:

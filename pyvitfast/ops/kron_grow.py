@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from pyvitfast.ops import _checks
 
@@ -151,6 +152,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (source if of_source else None, of_a, of_b, of_d, None, None)
 
 
+def _flops(weight: Any, a: Any, b: Any, d: Any, factors: int, identity: bool, **_: Any) -> int:
+    types, layers, rows, cols = weight
+    layers2, more_rows, more_cols = d[1], b[1], a[1]
+    source = rows * cols
+    if identity:
+        width = source * more_cols + more_rows * rows * (cols + more_cols)
+        return int(2 * types * (layers2 * width + layers * layers2 * source))
+    width = min(rows * more_cols * (cols + more_rows), more_rows * cols * (rows + more_cols))
+    mixes = layers * layers2
+    before = layers2 * width + mixes * source
+    after = layers * width + mixes * more_rows * more_cols
+    return int(2 * types * (min(before, after) if factors == 0 else after if factors == 1 else before))
+
+
 def _refuse_second(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("kron_grow_backward: second derivatives are not supported.")
 
@@ -160,3 +175,4 @@ if _checks.defined():
     torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
     torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
     torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+    register_flop_formula(torch.ops.pyvitfast.kron_grow)(_flops)

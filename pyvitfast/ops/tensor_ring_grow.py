@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from pyvitfast.ops import _checks
 from pyvitfast.ops.kron_grow import kron_grow
@@ -183,6 +184,16 @@ def _backward(ctx: Any, grad: Tensor, grad_tail: Tensor) -> tuple[Any, ...]:
     return (slopes[0] if of_source else None, *slopes[1:], None)
 
 
+def _flops(weight: Any, s_b: Any, s_o: Any, s_l: Any, s_i: Any, *_: Any, **__: Any) -> int:
+    layers, slots, rows, cols = weight
+    (r1, slots2, _, r2), (_, r3, rows2, _), (layers2, r4, _, _), cols2 = s_b, s_o, s_l, s_i[3]
+    first = layers * slots * r2 * r3 * rows * cols
+    second = layers * r3 * r1 * slots2 * slots * r2 * cols
+    third = layers2 * r4 * layers * r3 * r1 * slots2 * cols
+    fourth = layers2 * slots2 * r4 * r1 * cols * cols2
+    return int(2 * rows2 * (first + second + third + fourth))
+
+
 def _refuse_second(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("tensor_ring_grow_backward: second derivatives are not supported.")
 
@@ -192,3 +203,4 @@ if _checks.defined():
     torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
     torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
     torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+    register_flop_formula(torch.ops.pyvitfast.tensor_ring_grow)(_flops)

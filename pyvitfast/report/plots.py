@@ -15,6 +15,7 @@ from pyvitfast.report.measure import Facts
 
 BEFORE, AFTER, MARK = "#b6bec8", "#2563a8", "#d1495b"
 _STAGES = {"train": "#64748b", "prune": "#d1495b", "finetune": "#2563a8"}
+_BASELINES = ("ste", "scratch")
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -152,7 +153,7 @@ def training(path: Path, events: Sequence[Event]) -> None:
             for arm in sorted({e.get("arm", "") for e in mine}):
                 run = [e for e in mine if e.get("arm", "") == arm]
                 numbers = [start + i + 1 for i in range(len(run))]
-                line = ("o" if len(run) == 1 else "") + ("--" if arm == "ste" else "-")
+                line = ("o" if len(run) == 1 else "") + ("--" if arm in _BASELINES else "-")
                 label = f"{stage} ({arm})" if arm else stage
                 loss_axes.plot(numbers, [e["train_loss"] for e in run], line, color=colour, label=label)
                 top_axes.plot(numbers, [e["top1"] for e in run], line, color=colour, label=label)
@@ -167,3 +168,24 @@ def training(path: Path, events: Sequence[Event]) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         handles, names = loss_axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+
+
+def growth(path: Path, events: Sequence[Event]) -> None:
+    """Accuracy against training operations of the target, from scratch and grown."""
+    grown = next(e for e in events if e["event"] == "grown")
+    found = next(e for e in events if e["event"] == "saving")
+    flops = grown["flops"]
+    with _figure(path, 7.2, 3.8) as figure:
+        axes = figure.subplots()
+        for arm in ("scratch", grown["method"]):
+            mine = [e for e in events if e["event"] == "epoch" and e.get("arm") == arm]
+            before = 0.0 if arm == "scratch" else flops.get("operator", 0.0)
+            points = [(before + e["updates"] * flops["update"], e["top1"]) for e in mine]
+            if arm != "scratch":
+                points = [(before, grown["top1"]), *points]
+            line, colour = ("--", BEFORE) if arm == "scratch" else ("-", AFTER)
+            axes.plot([x / 1e12 for x, _ in points], [y for _, y in points], line, color=colour, label=arm)
+        axes.axhline(found["goal"], color=MARK, linewidth=1, linestyle=":", label="goal: the end of scratch")
+        axes.set_xlabel("training operations of target and operator, millions of millions")
+        axes.set_ylabel("test top-1 accuracy, %")
+        axes.legend(loc="lower right", frameon=False)

@@ -99,6 +99,9 @@ def _figures(
     if any(e["event"] == "compact" for e in events):
         images["Accuracy along the pruning path"] = folder / "report-path.png"
         plots.path_of_pruning(images["Accuracy along the pruning path"], events)
+    if any(e["event"] == "saving" for e in events):
+        images["Accuracy by training operations"] = folder / "report-growth.png"
+        plots.growth(images["Accuracy by training operations"], events)
     if any(e["event"] == "epoch" for e in events):
         name = "report-training.png" if old is not None else "report.png"
         images["Training"] = folder / name

@@ -2,6 +2,7 @@
 
 from pyvitfast.train.data import Data, long_tail_indices, open_data
 from pyvitfast.train.errors import Interrupted, UserError
+from pyvitfast.train.grow import grow
 from pyvitfast.train.loop import Accuracy
 from pyvitfast.train.quantize import quantize
 from pyvitfast.train.run import Outcome, evaluate_model, prune, train
@@ -16,6 +17,7 @@ __all__ = [
     "Settings",
     "UserError",
     "evaluate_model",
+    "grow",
     "long_tail_indices",
     "open_data",
     "prune",

@@ -32,7 +32,7 @@ from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
 from pyvitfast.train.teachers import Teachers
 
-STAGES = ("train", "prune", "finetune")
+STAGES = ("train", "prune", "finetune", "grow")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,26 @@ class Loop:
         else:
             self._loss = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
 
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """The training loss of a batch."""
+        found: Tensor = self._loss(output, labels)
+        return found
+
+    def stream(self, stage: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches of an epoch on the device, as a stage sees them."""
+        entropy = (self.settings.seed, STAGES.index(stage), epoch)
+        self.batches.seed, self.batches.start = entropy, 0
+        seed_process(*entropy, self.accelerator.process_index)
+        for images, labels in self.loader:
+            yield self._on_device(images, labels)
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.accelerator.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if self._mixup is not None:
+            images, labels = self._mixup(images, labels)
+        return images, labels
+
     def schedule(self, optimizer: Any, stage: Stage) -> Any:
         """timm's schedule over the updates of ``stage``, or None for a constant learning rate."""
         s = self.settings
@@ -297,11 +317,8 @@ class Loop:
 
     def _steps(self, running: _Running) -> Iterator[Tensor]:
         accelerator, optimizer, pruner = self.accelerator, running.optimizer, running.pruner
-        device = accelerator.device
         for images, labels in self.loader:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            if self._mixup is not None:
-                images, labels = self._mixup(images, labels)
+            images, labels = self._on_device(images, labels)
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)
@@ -326,8 +343,7 @@ class Loop:
     def _objective(self, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
         output, teachers = running.wrapped(images), running.teachers
         if teachers is None:
-            loss: Tensor = self._loss(output, labels)
-            return loss
+            return self.loss(output, labels)
         with self.accelerator.autocast():
             dense, cnn = teachers.soft(images, dense=running.pruned)
         found: Tensor = teachers.loss(output, labels, dense=dense, cnn=cnn)

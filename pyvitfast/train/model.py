@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pyvitfast.models.micro  # noqa: F401  registers the micro model with timm
+from pyvitfast import grow as growth
 from pyvitfast.models.checkpoint import describe, load
 from pyvitfast.prune.sparsity import sparse_layers
 from pyvitfast.quantize import prepare
@@ -150,3 +151,52 @@ def quantise(model: nn.Module, settings: Settings) -> None:
         prepare(model, settings.quantization())
     except ValueError as error:
         raise UserError(f"--model {settings.model} cannot be quantised: {error}") from error
+
+
+def target_of(source: nn.Module, settings: Settings) -> nn.Module:
+    """The target with its own first weights, for the source's channels, classes and images.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    known: Any = source
+    torch.manual_seed(settings.seed)
+    arguments = {"num_classes": known.num_classes, "in_chans": input_channels(source)}
+    if is_file(settings.grow_to):
+        return load_file(settings.grow_to, "--target")
+    if settings.img_size is not None:
+        arguments["img_size"] = settings.img_size
+    return create(settings.grow_to, flag="--target", **arguments)
+
+
+def check_growth(source: nn.Module, settings: Settings) -> None:
+    """Raise UserError when ``source`` cannot grow into the target of ``settings``."""
+    grown(copy.deepcopy(source), settings)
+
+
+def grown(source: nn.Module, settings: Settings, **training: Any) -> nn.Module:
+    """``source`` grown into the target of ``settings``; ``training`` goes to a learned operator.
+
+    Raises:
+        UserError: the pair does not fit, or the operator's loss became infinite.
+    """
+    s = settings
+    target = target_of(source, s)
+    sizes = image_size(source), image_size(target)
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"--target {s.grow_to} takes images of {sizes[1]} pixels, the source of {sizes[0]}. Give both "
+            f"one size, for example --set img_size={sizes[0]}."
+        )
+    options: dict[str, Any] = {"noise": s.grow_noise, "depth": s.grow_depth}
+    if s.method in ("mango", "ligo"):
+        if s.method == "mango":
+            options["rank"] = s.rank
+    else:
+        options["width"] = s.grow_width
+    try:
+        return growth.grow(source, target, s.method, seed=s.seed, **options, **training)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--source {s.model} cannot grow: {str(error).removeprefix('grow: ')}") from error
+    except FloatingPointError as error:
+        raise UserError(f"the operator of --method {s.method}: {error}") from error

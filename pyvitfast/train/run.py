@@ -165,6 +165,8 @@ def _job(
                     models.check_sparsity(model, settings.model)
                 elif verb == "quantize":
                     models.check_quantization(model, settings)
+                elif verb == "grow":
+                    models.check_growth(model, settings)
             if not resume:
                 folder.start(settings, overwrite)
                 threads = torch.get_num_threads()

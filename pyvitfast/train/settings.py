@@ -13,6 +13,7 @@ from typing import Any
 import timm.optim
 import yaml
 
+from pyvitfast.grow import METHODS as GROWTH
 from pyvitfast.quantize import ESTIMATORS, QuantConfig
 from pyvitfast.train.errors import UserError, nearest
 
@@ -40,6 +41,7 @@ DIGITS: dict[str, Any] = {
     "latency_batch_size": 256,
     "hflip": 0.0,
     "workers": 0,
+    "grow_to": "vit_micro_wide_patch2_8",
 }
 
 
@@ -111,9 +113,17 @@ class Settings:
         estimator: of gradients while finetuning a quantised model: ``fogzo``, ``ste``, ``spsa`` or ``zo``.
         directions: measured at each step; each costs two forward passes.
         omega: energy of the noise in a direction.
-        compare: finetune with ``ste`` beside it, from the same weights and with the same batches, for the
-            report.
+        compare: of ``quantize``: finetune with ``ste`` beside it, from the same weights and with the same
+            batches; of ``grow``: train the target from scratch beside it. For the report.
         start_frac: part of these steps taken with plain straight-through gradients first.
+        grow_to: timm name or file of the target of ``grow``.
+        method: of growth: ``mango``, ``ligo`` or a fixed rule.
+        rank: of Mango's bonds.
+        operator_steps: training steps of the operator of ``mango`` and ``ligo``.
+        operator_lr: learning rate in them; None takes one that suits the width.
+        grow_noise: relative size of the noise on new units; None takes the method's.
+        grow_width: width rule of a depth method: ``fpi``, ``net2net``, ``aki`` or ``average``.
+        grow_depth: depth rule of any other: ``stack``, ``stack_top``, ``interleave`` or ``identity``.
 
     Raises:
         UserError: a value of a wrong type or out of its range.
@@ -180,6 +190,14 @@ class Settings:
     omega: float = 1.0
     start_frac: float = 0.7
     compare: bool = False
+    grow_to: str = ""
+    method: str = "mango"
+    rank: int = 1
+    operator_steps: int = 100
+    operator_lr: float | None = None
+    grow_noise: float | None = None
+    grow_width: str | None = None
+    grow_depth: str | None = None
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
@@ -208,6 +226,12 @@ class Settings:
         self._need("kl_weight", "at least 0", self.kl_weight is None or self.kl_weight >= 0)
         hot = self.kl_temperature is None or self.kl_temperature > 0
         self._need("kl_temperature", "a positive number", hot)
+        self._one_of("method", tuple(GROWTH))
+        self._need("rank", "at least 1", self.rank >= 1)
+        self._need("operator_steps", "at least 0", self.operator_steps >= 0)
+        positive = self.operator_lr is None or self.operator_lr > 0
+        self._need("operator_lr", "a positive number", positive)
+        self._need("grow_noise", "at least 0", self.grow_noise is None or self.grow_noise >= 0)
         self._one_of("estimator", ESTIMATORS)
         self._need("directions", "at least 1", self.directions >= 1)
         self._need("omega", "at least 0", self.omega >= 0)

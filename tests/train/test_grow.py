@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import contextlib
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pyvitfast as vf
+from pyvitfast.train.loop import Loop
+from pyvitfast.train.savings import Costs, Saving, operations_to, saving, update_flops
+from tests.train.conftest import metrics
+
+TINY = ("--epochs", 2, "--finetune-epochs", 2, "--batch-size", 100, "--device", "cpu", "--operator-steps", 3)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Output folder and terminal output of a run that nothing disturbed."""
+    from typer.testing import CliRunner
+
+    from pyvitfast.cli import app
+
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("grow") / "run"
+    arguments = ["grow", *TINY, "--compare", "--rank", "2", "--out", out]
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_events_report_and_a_larger_model(whole):
+    out, printed = whole
+    events = metrics(out)
+    kinds = [e["event"] for e in events]
+    assert kinds == [*["epoch"] * 2, "dense", *["epoch"] * 2, "grown", *["epoch"] * 2, "saving", "result"]
+    assert [e.get("arm") for e in events if e["event"] == "epoch"] == [None] * 2 + ["scratch"] * 2 + [
+        "mango"
+    ] * 2
+    flops = events[5]["flops"]
+    small, big = (vf.load(out / f"{name}.safetensors") for name in ("dense", "model"))
+    assert flops["update"] == 6 * vf.summary(big).macs * 100
+    assert flops["source"] == 2 * 13 * 6 * vf.summary(small).macs * 100
+    assert 3 * flops["update"] < flops["operator"] < 6 * flops["update"]
+    assert big.embed_dim == 2 * small.embed_dim
+    assert "Accuracy by training operations" in (out / "report.html").read_text()
+    assert (out / "report-growth.png").is_file()
+    assert "mango (width mango, depth stack" in printed
+
+
+@contextlib.contextmanager
+def stopping_after(batches, monkeypatch):
+    """A signal comes after so many batches."""
+    counts = {"left": batches}
+    steps = Loop._steps
+
+    def interrupted(self, running):
+        for loss in steps(self, running):
+            counts["left"] -= 1
+            if counts["left"] == 0:
+                signal.raise_signal(signal.SIGINT)
+            yield loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_steps", interrupted)
+        yield
+
+
+# In the training of the source, of the target from scratch, and of the grown one.
+@pytest.mark.parametrize("batches", [20, 30, 70])
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatch, batches):
+    out = tmp_path / "run"
+    with stopping_after(batches, monkeypatch):
+        result = cli("grow", *TINY, "--compare", "--rank", 2, "--out", out)
+    assert result.exit_code == 128 + signal.SIGINT, result.output
+    result = cli("grow", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    mine, theirs = (load_file(path / "model.safetensors") for path in (out, whole[0]))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    keep = ("event", "train_loss", "top1")
+    one, other = ([{k: e.get(k) for k in keep} for e in metrics(path)] for path in (out, whole[0]))
+    assert one == other
+
+
+def test_a_fixed_rule_without_noise_keeps_the_accuracy(whole, tmp_path, cli):
+    out = tmp_path / "run"
+    result = cli(
+        "grow", "--source", whole[0] / "dense.safetensors", "--method", "fpi", "--grow-noise", 0,
+        "--finetune-epochs", 0, "--device", "cpu", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    events = metrics(out)
+    assert [e["event"] for e in events] == ["dense", "grown", "result"]
+    assert events[0]["top1"] == events[1]["top1"] == events[2]["model"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--target", "vit_micro_patch3"), "--target vit_micro_patch3: no such timm model"),
+        (
+            ("--source", "vit_micro_wide_patch2_8", "--target", "vit_micro_patch2_8"),
+            "dim of blocks must be no smaller",
+        ),
+        (("--target", "crossvit_tiny_240"), "--target crossvit_tiny_240"),
+        (("--method", "magic"), "--method must be a known name, got 'magic'"),
+        (("--method", "average", "--depth", "top"), "`depth` must be one of"),
+        (("--rank", "0"), "--rank must be at least 1"),
+        (("--method", "fpi", "--width", "aki"), "`width` must be left out"),
+    ],
+)
+def test_wrong_pairs_and_flags_are_refused_before_training(flags, line, refused, tmp_path):
+    assert line in refused("grow", *flags, "--out", tmp_path / "o")
+
+
+class TestSaving:
+    """By hand."""
+
+    scratch = ((10, 50.0), (20, 60.0), (30, 70.0), (40, 70.0))
+
+    def test_operator_and_small_model_are_charged(self):
+        # Scratch is at its 70 after 30 updates of 2, the arm after 10, and 8 of the operator.
+        found = saving(self.scratch, ((0, 40.0), (10, 71.0)), Costs(2.0, operator=8.0, source=16.0), last=2)
+        assert found == Saving(70.0, (60 - 28) / 60, (60 - 44) / 60)
+        assert "saves 53 %" in str(found)
+
+    def test_as_good_at_once(self):
+        assert saving(self.scratch, ((0, 90.0),), Costs(2.0), last=1).excl_small == 1
+
+    def test_never_as_good(self):
+        found = saving(self.scratch, ((10, 69.0),), Costs(2.0), last=1)
+        assert found.excl_small is found.incl_small is None
+        assert "did not reach" in str(found)
+
+    def test_mean_of_the_last_evaluations(self):
+        assert saving(self.scratch, (), Costs(1.0), last=3).goal == pytest.approx(200 / 3)
+        with pytest.raises(ValueError, match="at least one evaluation"):
+            saving((), (), Costs(1.0))
+
+    def test_figures_of_the_ligo_paper(self):
+        """BERT-Base: scratch at 389k steps, LiGO at 215k and 100 steps of its operator, 44.7 %."""
+        found = saving(((389e3, 1.0),), ((215e3, 1.0),), Costs(1.5068e13, operator=100 * 1.5068e13), last=1)
+        assert found.excl_small == pytest.approx(0.447, abs=0.001)
+
+    def test_first_evaluation_counts(self):
+        assert operations_to(self.scratch, 60.0) == 20
+        assert operations_to(self.scratch, 71.0) is None
+
+    def test_an_update_is_a_forward_and_a_backward_pass(self):
+        assert update_flops(1000, 8) == 6 * 1000 * 8
