@@ -5,7 +5,7 @@
 
 width: a trained source of width 24 and three layers to width 48. depth: to six layers. both: to both. weak:
 the negative control, a source of width 16 and two layers, trained half as long, to width 48, four layers.
-Arms train the target for the same number of steps; operators are trained for 100 steps before. Savings are the
+Arms train the target for as many steps; operators are trained for 100 steps before. Savings are the
 operations to scratch's final accuracy, without and with the small model's training. Batches are those of one
 seed in all arms.
 """
