@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast import ops, reference
 from tests.ops.table import BadCall, OpTable, Sample
@@ -151,6 +152,24 @@ def test_any_shape_and_stride(source, target, factors, types):
     moved = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in made]
     want = reference.kron_grow(*made, **options)
     torch.testing.assert_close(ops.kron_grow(*moved, **options), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "operations"),
+    [
+        # Layers mixed first: 3 x (36 products of 2 x 384 x 768 x 1152, and 144 x 384 x 384 twice).
+        ((12, 768, 768), {}, 2 * 3 * (12 * 384 * 768 * (384 + 768) + 144 * 384 * 384)),
+        # Half of the target's rows and columns are an identity's.
+        ((12, 384, 384), {"identity": True}, 2 * 3 * (12 * 384 * 384 * (384 + 768) + 144 * 384 * 384)),
+        # Factors first where the target has more layers.
+        ((24, 768, 768), {}, 2 * 3 * (12 * 384 * 768 * (384 + 768) + 288 * 768 * 768)),
+    ],
+)
+def test_operations_of_the_cheapest_order(target, options, operations):
+    made = [t.to("meta") for t in stack((12, 384, 384), target, types=3)]
+    with FlopCounterMode(display=False) as counter:
+        ops.kron_grow(*made, **options)
+    assert counter.get_total_flops() == operations
 
 
 def test_bytes_moved(counting):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast import ops, reference
 from tests.ops.quantizer import outputs_by_capability
@@ -208,6 +209,17 @@ for t in (out, *torch.autograd.grad(out.square().sum(), made)):
     for other in others:
         for a, b in zip(base, other, strict=True):
             assert (a - b).abs().max() <= 2e-5 * a.abs().max()
+
+
+@pytest.mark.parametrize(("rank", "operations"), [(1, 12.74e9), (4, 228.3e9), (10, 1733e9)])
+def test_operations_of_the_best_order(rank, operations):
+    """DeiT-Ti to DeiT-S; the digest's figures for the order O, B, L, I."""
+    made = [torch.empty(12, 12, 192, 192, device="meta")]
+    sizes = ((12, 12), (192, 384), (12, 12), (192, 384))
+    made += [torch.empty(rank, *pair, rank, device="meta") for pair in sizes]
+    with FlopCounterMode(display=False) as counter:
+        ops.tensor_ring_grow(*made)
+    assert counter.get_total_flops() == pytest.approx(operations, rel=2e-3)
 
 
 def test_values_that_are_not_finite_spread():

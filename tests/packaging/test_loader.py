@@ -319,6 +319,22 @@ class TestLaunchPlan:
         names = ("launches", "blocks", "threads", "shared_bytes", "least_bytes")
         assert plan(op, [shape], arch) == dict(zip(names, expected))
 
+    def test_growth(self, plan):
+        """DeiT-S to DeiT-B for qkv, and DeiT-Ti to DeiT-S by a ring of rank 4."""
+        kron = plan("kron_grow", [(3, 3), (12, 12), (384, 384), (768, 768)])
+        # Mixing, then two products for each four of twelve matrices of three types.
+        assert kron["launches"] == 1 + 2 * 3 * 3
+        assert kron["blocks"] == 6 * 6 * 4
+        assert kron["least_bytes"] == 4 * (3 * 12 * (384**2 + 768**2) + 3 * 144 + 2 * 384 * 768)
+        ring = plan("tensor_ring_grow", [(12, 12), (192, 192), (12, 12), (384, 384), (4, 4), (4, 4)])
+        assert ring["launches"] == 4 * 12
+        assert ring["blocks"] == 3 * 144
+        cores = 16 * (144 + 144 + 2 * 192 * 384)
+        assert ring["least_bytes"] == 4 * (144 * (192**2 + 384**2) + cores)
+        for op in ("kron_grow", "tensor_ring_grow"):
+            with pytest.raises(ValueError, match=f"{op} takes [46] shapes, got 1"):
+                plan(op, [(1, 1)])
+
     @pytest.mark.parametrize(
         ("op", "most"), [("saliency_rowcol", 320), ("structured_zero_", 440), ("structured_gather", 230)]
     )
