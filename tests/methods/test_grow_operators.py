@@ -165,6 +165,14 @@ def test_every_bond_is_alive_at_the_start_and_zeros_would_be_dead():
     assert all((norm == 0) == (r > 0) for (_, _, r), norm in found.items())
 
 
+def test_further_bonds_start_as_copies_without_rows():
+    op = MangoOperator(vit(), vit(64, 3, 8), rank=3, noise=0)
+    for name in CORES:
+        core = getattr(op, name)
+        for r in (1, 2):
+            assert torch.equal(core[r, :, :, r], core[0, :, :, 0] * (name != "s_o"))
+
+
 def test_noise_stands_on_new_units_at_rank_one_and_is_small():
     source, target = vit(), vit(64, 3, 8)
     exact, noisy, again, other = (
