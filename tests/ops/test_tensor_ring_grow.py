@@ -53,6 +53,7 @@ TABLE = OpTable(
         Sample("all_columns", sample((1, 2, 3, 3), (2, 2, 5, 5), (1, 3, 1, 2), columns=2)),
         Sample("rank_one", sample((2, 2, 6, 5), (4, 3, 9, 10), (1, 1, 1, 1))),
         Sample("layers_last", sample((2, 2, 6, 5), (5, 3, 9, 10), (1, 1, 1, 1), columns=1)),
+        Sample("several_tiles", sample((1, 2, 5, 4), (2, 2, 70, 6), (2, 1, 2, 1), columns=1)),
         Sample("wide", sample((1, 2, 9, 60), (2, 1, 18, 100), (2, 1, 1, 2))),
         Sample("narrower", sample((3, 2, 5, 6), (1, 1, 4, 3), (1, 2, 1, 2))),
         Sample("empty", sample((2, 3, 4, 5), (2, 3, 0, 5), (1, 2, 1, 2))),

@@ -4,6 +4,7 @@ import contextlib
 import signal
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -147,6 +148,12 @@ class TestSaving:
     def test_first_evaluation_counts(self):
         assert operations_to(self.scratch, 60.0) == 20
         assert operations_to(self.scratch, 71.0) is None
+
+    @pytest.mark.parametrize(("size", "macs"), [("tiny", 1.254e9), ("small", 4.599e9), ("base", 17.564e9)])
+    def test_multiply_adds_that_are_counted(self, size, macs):
+        with torch.device("meta"):
+            model = timm.create_model(f"deit_{size}_patch16_224")
+        assert vf.summary(model).macs == pytest.approx(macs, abs=5e5)
 
     def test_an_update_is_a_forward_and_a_backward_pass(self):
         assert update_flops(1000, 8) == 6 * 1000 * 8
