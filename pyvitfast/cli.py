@@ -182,7 +182,8 @@ def _report(outcome: Any) -> None:
     if outcome.dense is not None:
         before = Subject(outcome.dense, folder / DENSE, **asdict(outcome.dense_accuracy))
     settings = outcome.settings
-    title = f"pyvitfast {outcome.verb}: {settings.model} on {settings.data}"
+    grows = f" to {settings.grow_to}" if outcome.verb == "grow" else ""
+    title = f"pyvitfast {outcome.verb}: {settings.model}{grows} on {settings.data}"
     batches = {1, 32} | ({settings.latency_batch_size} if settings.budget == "latency" else set())
     page = write_report(
         folder,

@@ -34,6 +34,16 @@ def _table(rows: Sequence[Row], compares: bool) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        first, *rest = (html.escape(value) for value in row)
+        cells = [f"<{tag}>{first}</{tag}>", *(f'<{tag} class="number">{value}</{tag}>' for value in rest)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
 def _pairs(values: Mapping[str, Any]) -> str:
     lines = [
         f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in values.items()
@@ -50,6 +60,7 @@ def page(
     settings: Mapping[str, Any],
     versions: Mapping[str, Any],
     command: Sequence[str],
+    tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> str:
     """The page as text.
 
@@ -62,7 +73,9 @@ def page(
         settings: of the run.
         versions: of the software.
         command: the command line.
+        tables: more tables by heading, the first row the head.
     """
+    more = [f"<h2>{html.escape(heading)}</h2>{_rows(lines)}" for heading, lines in (tables or {}).items()]
     figures = []
     for heading, file in images.items():
         data = base64.b64encode(file.read_bytes()).decode()
@@ -71,7 +84,7 @@ def page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>"
-        f'{_table(rows, compares)}<p class="note">{html.escape(note)}</p>{"".join(figures)}'
+        f'{_table(rows, compares)}<p class="note">{html.escape(note)}</p>{"".join(more)}{"".join(figures)}'
         f"<h2>Command</h2><pre>{html.escape(shlex.join(command))}</pre>"
         f"<h2>Settings</h2>{_pairs(settings)}<h2>Versions</h2>{_pairs(versions)}</body></html>\n"
     )

@@ -60,6 +60,8 @@ def remaining(path: Path, before: Facts, after: Facts) -> None:
         axes = figure.subplots()
         axes.barh(labels, [100] * len(labels), color=BEFORE, height=0.62, label="before")
         axes.barh(labels, shares, color=AFTER, height=0.62, label="after")
+        if grew := [label for label, share in zip(labels, shares) if share > 100]:
+            axes.barh(grew, [100] * len(grew), color=BEFORE, height=0.62)  # or the larger bar hides it
         for place, share in enumerate(shares):
             inside = share > 12
             axes.text(
@@ -86,7 +88,7 @@ def widths(path: Path, before: ModelSummary, after: ModelSummary) -> None:
         ("V width of a head", "v_dim"),
         ("MLP width", "mlp"),
     ]
-    count = len(before.blocks)
+    count = max(len(before.blocks), len(after.blocks))
     with _figure(path, 9.6, 5.2) as figure:
         grid = figure.add_gridspec(2, 3, width_ratios=[4, 4, 1.5])
         for place, (title, name) in enumerate(panels):
@@ -104,10 +106,9 @@ def widths(path: Path, before: ModelSummary, after: ModelSummary) -> None:
 
 
 def _pairs(axes: Any, before: Sequence[int], after: Sequence[int]) -> None:
-    places = range(len(before))
-    axes.bar([p - 0.2 for p in places], before, width=0.38, color=BEFORE, label="before")
-    bars = axes.bar([p + 0.2 for p in places], after, width=0.38, color=AFTER, label="after")
-    if len(before) <= 12:
+    axes.bar([p - 0.2 for p in range(len(before))], before, width=0.38, color=BEFORE, label="before")
+    bars = axes.bar([p + 0.2 for p in range(len(after))], after, width=0.38, color=AFTER, label="after")
+    if len(after) <= 12:
         axes.bar_label(bars, fontsize=8, padding=1)
     axes.set_ylim(0, max(*before, *after) * 1.15)
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -171,21 +172,28 @@ def training(path: Path, events: Sequence[Event]) -> None:
 
 
 def growth(path: Path, events: Sequence[Event]) -> None:
-    """Accuracy against training operations of the target, from scratch and grown."""
+    """Accuracy and training loss against training operations of the target, from scratch and grown."""
     grown = next(e for e in events if e["event"] == "grown")
     found = next(e for e in events if e["event"] == "saving")
     flops = grown["flops"]
-    with _figure(path, 7.2, 3.8) as figure:
-        axes = figure.subplots()
+    with _figure(path, 9.6, 3.8) as figure:
+        top_axes, loss_axes = figure.subplots(1, 2)
         for arm in ("scratch", grown["method"]):
             mine = [e for e in events if e["event"] == "epoch" and e.get("arm") == arm]
             before = 0.0 if arm == "scratch" else flops.get("operator", 0.0)
-            points = [(before + e["updates"] * flops["update"], e["top1"]) for e in mine]
-            if arm != "scratch":
-                points = [(before, grown["top1"]), *points]
+            places = [(before + e["updates"] * flops["update"]) / 1e12 for e in mine]
             line, colour = ("--", BEFORE) if arm == "scratch" else ("-", AFTER)
-            axes.plot([x / 1e12 for x, _ in points], [y for _, y in points], line, color=colour, label=arm)
-        axes.axhline(found["goal"], color=MARK, linewidth=1, linestyle=":", label="goal: the end of scratch")
-        axes.set_xlabel("training operations of target and operator, millions of millions")
-        axes.set_ylabel("test top-1 accuracy, %")
-        axes.legend(loc="lower right", frameon=False)
+            loss_axes.plot(places, [e["train_loss"] for e in mine], line, color=colour)
+            tops = [e["top1"] for e in mine]
+            if arm != "scratch":
+                places, tops = [before / 1e12, *places], [grown["top1"], *tops]
+            top_axes.plot(places, tops, line, color=colour, label=arm)
+        top_axes.axhline(
+            found["goal"], color=MARK, linewidth=1, linestyle=":", label="goal: the end of scratch"
+        )
+        top_axes.set_ylabel("test top-1 accuracy, %")
+        loss_axes.set_ylabel("training loss")
+        for axes in (top_axes, loss_axes):
+            axes.set_xlabel("operations of target and operator, millions of millions")
+        handles, names = top_axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)

@@ -17,6 +17,8 @@ from pyvitfast.report import plots
 from pyvitfast.report.measure import BATCHES, Facts, Row, measure, table
 from pyvitfast.report.page import page
 
+_SAVED = "Training operations saved"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -69,6 +71,9 @@ def write_report(
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     note = f"Latency: median of alternating forward passes on {device}, {threads}."
     _print(rows, old is not None, title, note, console)
+    saved = savings(events)
+    if saved:
+        _print_rows(_SAVED, saved, console)
     images = _figures(folder, old, new, events)
     start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
     text = page(
@@ -80,10 +85,33 @@ def write_report(
         settings,
         start.get("versions", {}),
         start.get("command", []),
+        {_SAVED: saved} if saved else {},
     )
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def savings(events: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What growth saved as rows of text, the first one the head; empty without a run from scratch."""
+    found = next((e for e in events if e["event"] == "saving"), None)
+    if found is None:
+        return []
+
+    def percent(share: float | None, otherwise: str) -> str:
+        return otherwise if share is None else f"{100 * share:.1f} %"
+
+    never = found["excl_small"] is None
+    return [
+        ["", f"operations to {found['goal']:.2f} %", "saved", "saved, source's training charged"],
+        ["scratch", f"{found['scratch']:.3g}", "", ""],
+        [
+            found["arm"],
+            "never reached" if never else f"{found['spent']:.3g}",
+            percent(found["excl_small"], "nothing"),
+            percent(found["incl_small"], "nothing" if never else "not known"),
+        ],
+    ]
 
 
 def _figures(
@@ -91,8 +119,9 @@ def _figures(
 ) -> dict[str, Path]:
     images: dict[str, Path] = {}
     if old is not None:
-        images["What is left"] = folder / "report.png"
-        plots.remaining(images["What is left"], old, new)
+        heading = "What is left" if new.summary.params <= old.summary.params else "Sizes beside the source"
+        images[heading] = folder / "report.png"
+        plots.remaining(images[heading], old, new)
         if old.summary.blocks and new.summary.blocks:
             images["Widths of the blocks"] = folder / "report-widths.png"
             plots.widths(images["Widths of the blocks"], old.summary, new.summary)
@@ -100,8 +129,9 @@ def _figures(
         images["Accuracy along the pruning path"] = folder / "report-path.png"
         plots.path_of_pruning(images["Accuracy along the pruning path"], events)
     if any(e["event"] == "saving" for e in events):
-        images["Accuracy by training operations"] = folder / "report-growth.png"
-        plots.growth(images["Accuracy by training operations"], events)
+        heading = "Accuracy and loss by training operations"
+        images[heading] = folder / "report-growth.png"
+        plots.growth(images[heading], events)
     if any(e["event"] == "epoch" for e in events):
         name = "report-training.png" if old is not None else "report.png"
         images["Training"] = folder / name
@@ -118,4 +148,13 @@ def _print(rows: Sequence[Row], compares: bool, title: str, note: str, console: 
         shown.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(row.label, *((row.before, row.after, row.ratio) if compares else (row.after,)))
+    console.print(shown)
+
+
+def _print_rows(title: str, rows: Sequence[Sequence[str]], console: Console) -> None:
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for place, head in enumerate(rows[0]):
+        shown.add_column(head, justify="right" if place else "left")
+    for row in rows[1:]:
+        shown.add_row(*row)
     console.print(shown)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast import grow as growth
@@ -38,20 +38,22 @@ def grow(
     Arguments and errors are those of :func:`pyvitfast.train.run.train`.
     """
     with _job("grow", settings, out, resume, overwrite, given or {}, console) as job:
-        s, loop, device = job.settings, job.loop, job.accelerator.device
+        s, device = job.settings, job.accelerator.device
         arm = s.method if s.compare else ""
-        if job.stage in (None, "train"):
+        stopped = job.stage
+        if stopped in (None, "train"):
             train_dense(job, "grows a trained model")
         small = load(job.folder.path / DENSE)
-        begun = job.stage == "finetune"
-        if s.compare and not (begun and job.arm != SCRATCH):
+        loop = _for_target(job, models.target_of(small, s))
+        begun = stopped == "finetune"
+        if s.compare and stopped != "grow" and not (begun and job.arm != SCRATCH):
             model = job.model if begun else models.target_of(small, s)
             stage = Stage("finetune", s.lr, s.finetune_epochs, arm=SCRATCH)
             loop.run(stage, model, state=job.take_state() if begun else None)
             begun = False
         if not begun:
+            job.take_state()  # of a stage that is over, or that is done anew
             _grow(job, small)
-            job.take_state()
         model = job.model if begun else load(job.folder.path / GROWN)
         accuracy = loop.run(
             Stage("finetune", s.lr, s.finetune_epochs, arm=arm), model, state=job.take_state()
@@ -59,6 +61,16 @@ def grow(
         if s.compare:
             _tell_savings(job)
         return _outcome(job, model.to(device), accuracy, small)
+
+
+def _for_target(job: _Job, target: nn.Module) -> Loop:
+    """The job's loop, with images as ``target`` takes them, which may be normalised otherwise."""
+    job.data.fit_to(target, job.settings)
+    old = job.loop
+    # A new one: loader processes keep copies of the data.
+    job.loop = Loop(job.settings, job.data, job.folder, job.accelerator, job.reporter, old.stop)
+    job.loop.results = old.results
+    return job.loop
 
 
 class _Stream:
@@ -76,23 +88,26 @@ def _grow(job: _Job, small: nn.Module) -> None:
     s, loop, device = job.settings, job.loop, job.accelerator.device
     images = s.batch_size * s.grad_accum_steps
     costs = {"update": update_flops(summary(models.target_of(small, s)).macs, images)}
-    training: dict[str, Any] = {}
-    if s.method in ("mango", "ligo") and s.operator_steps:
-        training = {
-            "loader": _Stream(loop),
-            "loss_fn": loop.loss,
-            "steps": s.operator_steps,
-            "lr": s.operator_lr,
-            "device": device,
-        }
-    if job.folder.writes:
-        # One process grows: operators that learn from different shares would part.
-        grown = models.grown(small.train(), s, **training).cpu()
-        report = growth.report(grown)
-        if training:
-            costs["operator"] = s.operator_steps * (costs["update"] + _operator_flops(small, s))
-        job.folder.save_model(grown, GROWN)
-        job.reporter.say(str(report))
+
+    def fit(operator: growth.GrowthOperator) -> None:
+        operator.to(device)
+        costs["operator"] = s.operator_steps * (costs["update"] + _operator_flops(operator))
+        world = job.accelerator.num_processes
+        if world > 1:
+            # Each process sees its share of a batch; all take the step of the whole one.
+            for parameter in operator.parameters():
+                hooks: Any = parameter
+                hooks.register_post_accumulate_grad_hook(lambda p: _average(p, world))
+        operator.fit(
+            _Stream(loop), loop.loss, s.operator_steps, lr=s.operator_lr, grad_accum=s.grad_accum_steps
+        )
+
+    learns = s.method in models.OPERATORS and s.operator_steps > 0
+    if learns:
+        loop.mark("grow", small)
+    grown = models.grown(small.train(), s, fit if learns else None).cpu()
+    job.folder.save_model(grown, GROWN)
+    job.reporter.say(str(growth.report(grown)))
     job.accelerator.wait_for_everyone()
     grown = load(job.folder.path / GROWN)
     accuracy = evaluate(grown.to(device), job.data, s, job.accelerator)
@@ -103,11 +118,14 @@ def _grow(job: _Job, small: nn.Module) -> None:
     job.reporter.say(f"grown by {s.method}: top-1 {accuracy.top1:.2f} %")
 
 
-def _operator_flops(small: nn.Module, s: Settings) -> float:
+def _average(parameter: Tensor, world: int) -> None:
+    assert parameter.grad is not None
+    distributed.all_reduce(parameter.grad)
+    parameter.grad /= world
+
+
+def _operator_flops(operator: growth.GrowthOperator) -> float:
     """Operations of an evaluation of the operator and its gradients."""
-    kinds: dict[str, Any] = {"mango": growth.MangoOperator, "ligo": growth.LiGOOperator}
-    options = {"rank": s.rank} if s.method == "mango" else {}
-    operator = kinds[s.method](small.cpu(), models.target_of(small, s), **options)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         operator.weights()
     return 3.0 * float(counter.get_total_flops())

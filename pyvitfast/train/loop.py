@@ -174,12 +174,25 @@ class Loop:
         return found
 
     def stream(self, stage: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of an epoch on the device, as a stage sees them."""
+        """Training batches of an epoch on the device, as a stage sees them, for what trains itself.
+
+        Raises:
+            Interrupted: a signal came; a resumed run begins at the checkpoint of :meth:`mark`.
+        """
         entropy = (self.settings.seed, STAGES.index(stage), epoch)
         self.batches.seed, self.batches.start = entropy, 0
         seed_process(*entropy, self.accelerator.process_index)
-        for images, labels in self.loader:
+        for place, (images, labels) in enumerate(self.loader):
+            if signum := self._stop_signal(place):
+                self._leave(signum)
             yield self._on_device(images, labels)
+
+    def mark(self, stage: str, model: nn.Module) -> None:
+        """Write a checkpoint at the start of a stage that a resumed run does anew."""
+        if self.folder.writes:
+            world = self.accelerator.num_processes
+            state = {"stage": stage, "arm": "", "world": world, "results": self.results}
+            self.folder.checkpoint(model, state)
 
     def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
 
+OPERATORS: dict[str, Callable[..., growth.GrowthOperator]] = {
+    "mango": growth.MangoOperator,
+    "ligo": growth.LiGOOperator,
+}
 RANDOM, PRETRAINED, FILE = "random weights", "timm's pretrained weights", "a file"
 
 
@@ -161,21 +166,32 @@ def target_of(source: nn.Module, settings: Settings) -> nn.Module:
     """
     known: Any = source
     torch.manual_seed(settings.seed)
-    arguments = {"num_classes": known.num_classes, "in_chans": input_channels(source)}
+    arguments: dict[str, Any] = {"num_classes": known.num_classes, "in_chans": input_channels(source)}
     if is_file(settings.grow_to):
+        if settings.compare:
+            raise UserError(
+                f"--compare goes with a timm name for --target, not with the file {settings.grow_to}, whose "
+                "weights are not those that training from scratch begins with."
+            )
         return load_file(settings.grow_to, "--target")
     if settings.img_size is not None:
         arguments["img_size"] = settings.img_size
+    if settings.drop_path:
+        arguments["drop_path_rate"] = settings.drop_path
     return create(settings.grow_to, flag="--target", **arguments)
 
 
 def check_growth(source: nn.Module, settings: Settings) -> None:
-    """Raise UserError when ``source`` cannot grow into the target of ``settings``."""
+    """Raise UserError when ``source`` cannot grow into the target of ``settings``, or not be compared."""
+    if settings.compare and not settings.finetune_epochs:
+        raise UserError("--compare needs --finetune-epochs of at least 1: accuracies come after each epoch.")
     grown(copy.deepcopy(source), settings)
 
 
-def grown(source: nn.Module, settings: Settings, **training: Any) -> nn.Module:
-    """``source`` grown into the target of ``settings``; ``training`` goes to a learned operator.
+def grown(
+    source: nn.Module, settings: Settings, train: Callable[[growth.GrowthOperator], None] | None = None
+) -> nn.Module:
+    """``source`` grown into the target of ``settings``; ``train`` is called with a learned operator.
 
     Raises:
         UserError: the pair does not fit, or the operator's loss became infinite.
@@ -189,13 +205,17 @@ def grown(source: nn.Module, settings: Settings, **training: Any) -> nn.Module:
             f"one size, for example --set img_size={sizes[0]}."
         )
     options: dict[str, Any] = {"noise": s.grow_noise, "depth": s.grow_depth}
-    if s.method in ("mango", "ligo"):
-        if s.method == "mango":
-            options["rank"] = s.rank
-    else:
+    if s.method == "mango":
+        options["rank"] = s.rank
+    if s.method not in OPERATORS or s.grow_width is not None:
         options["width"] = s.grow_width
     try:
-        return growth.grow(source, target, s.method, seed=s.seed, **options, **training)
+        if s.method not in OPERATORS or train is None:
+            return growth.grow(source, target, s.method, seed=s.seed, **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        operator = OPERATORS[s.method](source, target, seed=s.seed, **given)
+        train(operator)
+        return operator.materialize()
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--source {s.model} cannot grow: {str(error).removeprefix('grow: ')}") from error
     except FloatingPointError as error:

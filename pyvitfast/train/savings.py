@@ -16,12 +16,12 @@ class Costs:
     Args:
         update: an update of the target.
         operator: all training of the growth operator, through the target.
-        source: training of the small model, 0 where it came from a file.
+        source: training of the small model; None where it came from a file and is not known.
     """
 
     update: float
     operator: float = 0.0
-    source: float = 0.0
+    source: float | None = None
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,29 @@ class Saving:
     Args:
         goal: accuracy to reach, the mean of scratch's last evaluations.
         excl_small: (scratch - arm) / scratch in operations until ``goal``, the operator's training counted.
-        incl_small: the same with the training of the small model counted too.
+        incl_small: the same with the training of the small model counted too; None also where that is not
+            known.
+        scratch: operations of scratch until ``goal``.
+        spent: those of the arm, its operator's counted.
     """
 
     goal: float
     excl_small: float | None
     incl_small: float | None
+    scratch: float = 0.0
+    spent: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        if self.excl_small is None or self.incl_small is None:
+        if self.excl_small is None:
             return f"did not reach scratch's {self.goal:.2f} %"
-        return (
-            f"saves {100 * self.excl_small:.0f} % of scratch's operations to its {self.goal:.2f} %, "
-            f"{100 * self.incl_small:.0f} % with the small model's training"
-        )
+        text = f"saves {100 * self.excl_small:.0f} % of scratch's operations to its {self.goal:.2f} %"
+        if self.incl_small is None:
+            return text
+        return f"{text}, {100 * self.incl_small:.0f} % with the small model's training"
 
 
 def update_flops(macs: float, images: int) -> float:
@@ -79,12 +84,13 @@ def saving(scratch: Curve, arm: Curve, costs: Costs, last: int = 5) -> Saving:
     if not scratch:
         raise ValueError("saving: `scratch` must have at least one evaluation, got none.")
     tail = [accuracy for _, accuracy in scratch[-last:]]
-    goal = sum(tail) / len(tail)
+    goal = min(sum(tail) / len(tail), max(tail))  # a rounded mean of equal accuracies may exceed them
     whole = operations_to(scratch, goal)
     mine = operations_to(arm, goal)
     assert whole is not None, "the greatest of the last evaluations is no smaller than their mean"
     if mine is None or whole == 0:
-        return Saving(goal, None, None)
+        return Saving(goal, None, None, whole * costs.update)
     spent = mine * costs.update + costs.operator
     whole *= costs.update
-    return Saving(goal, (whole - spent) / whole, (whole - spent - costs.source) / whole)
+    charged = None if costs.source is None else (whole - spent - costs.source) / whole
+    return Saving(goal, (whole - spent) / whole, charged, whole, spent)

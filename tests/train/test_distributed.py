@@ -63,3 +63,14 @@ def test_two_processes_measure_the_slopes_of_one(tmp_path: Path) -> None:
             for key in ("measured_steps", "skipped"):
                 assert b["measured"][key] == a["measured"][key]
             assert b["measured"]["slope_ratio"] == pytest.approx(a["measured"]["slope_ratio"], abs=0.05)
+
+
+def test_two_processes_train_the_operator_of_one(tmp_path: Path) -> None:
+    """Each sees half of a batch; an operator that saw one half only would end elsewhere."""
+    sizes = ("--epochs", 1, "--finetune-epochs", 0, "--batch-size", 100, "--operator-steps", 8)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        finish("grow", *sizes, "--device", "cpu", "--out", out, processes=processes)
+    a, b = (load_file(tmp_path / name / "grown.safetensors") for name in ("1", "2"))
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-3)

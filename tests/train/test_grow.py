@@ -45,7 +45,12 @@ def test_events_report_and_a_larger_model(whole):
     assert flops["source"] == 2 * 13 * 6 * vf.summary(small).macs * 100
     assert 3 * flops["update"] < flops["operator"] < 6 * flops["update"]
     assert big.embed_dim == 2 * small.embed_dim
-    assert "Accuracy by training operations" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    for heading in ("Accuracy and loss by training operations", "Training operations saved"):
+        assert heading in page
+    assert "Sizes beside the source" in page
+    assert "Training operations saved" in printed
+    assert "vit_micro_patch2_8 to vit_micro_wide_patch2_8" in printed
     assert (out / "report-growth.png").is_file()
     assert "mango (width mango, depth stack" in printed
 
@@ -83,6 +88,71 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatc
     keep = ("event", "train_loss", "top1")
     one, other = ([{k: e.get(k) for k in keep} for e in metrics(path)] for path in (out, whole[0]))
     assert one == other
+
+
+@pytest.mark.parametrize("compare", [(), ("--compare",)])
+def test_a_signal_ends_the_training_of_the_operator(whole, tmp_path, cli, monkeypatch, compare):
+    options = ("--source", whole[0] / "dense.safetensors", *TINY, "--finetune-epochs", 1, *compare)
+    assert cli("grow", *options, "--out", tmp_path / "whole").exit_code == 0
+    stream = Loop.stream
+
+    def interrupted(self, stage, epoch):
+        for place, batch in enumerate(stream(self, stage, epoch)):
+            if place == 1:
+                signal.raise_signal(signal.SIGTERM)
+            assert place < 2, "the signal was not heeded"
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "stream", interrupted)
+        result = cli("grow", *options, "--out", tmp_path / "o")
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
+    assert cli("grow", "--resume", "--out", tmp_path / "o").exit_code == 0
+    assert metrics(tmp_path / "o") == metrics(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("o", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert '"event": "start"' in (tmp_path / "o" / "metrics.jsonl").read_text()
+
+
+def test_more_layers_are_reported_and_drop_path_is_the_targets(whole, tmp_path, cli):
+    vf.save(timm.create_model("vit_micro_patch2_8", depth=6), tmp_path / "deep.safetensors")
+    source = ("--source", whole[0] / "dense.safetensors", "--finetune-epochs", 0, "--device", "cpu")
+    options = ("--method", "stack", "--target", tmp_path / "deep.safetensors", "--out", tmp_path / "deep")
+    result = cli("grow", *source, *options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "deep" / "report-widths.png").is_file()
+    options = ("--method", "fpi", "--set", "drop_path=0.3", "--out", tmp_path / "wide")
+    assert cli("grow", *source, *options).exit_code == 0
+    big = vf.load(tmp_path / "wide" / "model.safetensors")
+    assert big.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+def test_operator_sees_all_images_of_an_update(whole, tmp_path, cli, monkeypatch):
+    seen = []
+    stream = Loop.stream
+
+    def counted(self, stage, epoch):
+        for batch in stream(self, stage, epoch):
+            seen.append(len(batch[0]))
+            yield batch
+
+    monkeypatch.setattr(Loop, "stream", counted)
+    options = ("--grad-accum-steps", 2, "--batch-size", 100, "--operator-steps", 3, "--finetune-epochs", 0)
+    source = ("--source", whole[0] / "dense.safetensors", "--device", "cpu")
+    assert cli("grow", *source, *options, "--out", tmp_path / "o").exit_code == 0
+    assert seen == [100] * 6
+    (grown,) = (e for e in metrics(tmp_path / "o") if e["event"] == "grown")
+    assert (
+        grown["flops"]["update"] == 6 * 200 * vf.summary(vf.load(tmp_path / "o" / "model.safetensors")).macs
+    )
+
+
+def test_what_cannot_be_compared_is_refused(whole, refused, tmp_path):
+    model = whole[0] / "model.safetensors"
+    line = refused("grow", "--compare", "--target", model, "--out", tmp_path / "o")
+    assert "--compare goes with a timm name for --target" in line
+    line = refused("grow", "--compare", "--finetune-epochs", 0, "--out", tmp_path / "o")
+    assert "--compare needs --finetune-epochs of at least 1" in line
 
 
 def test_a_fixed_rule_without_noise_keeps_the_accuracy(whole, tmp_path, cli):
@@ -124,7 +194,7 @@ class TestSaving:
     def test_operator_and_small_model_are_charged(self):
         # Scratch is at its 70 after 30 updates of 2, the arm after 10, and 8 of the operator.
         found = saving(self.scratch, ((0, 40.0), (10, 71.0)), Costs(2.0, operator=8.0, source=16.0), last=2)
-        assert found == Saving(70.0, (60 - 28) / 60, (60 - 44) / 60)
+        assert found == Saving(70.0, (60 - 28) / 60, (60 - 44) / 60, scratch=60.0, spent=28.0)
         assert "saves 53 %" in str(found)
 
     def test_as_good_at_once(self):
@@ -132,8 +202,18 @@ class TestSaving:
 
     def test_never_as_good(self):
         found = saving(self.scratch, ((10, 69.0),), Costs(2.0), last=1)
-        assert found.excl_small is found.incl_small is None
+        assert found.excl_small is found.incl_small is found.spent is None
         assert "did not reach" in str(found)
+
+    def test_training_of_a_source_from_a_file_is_not_known(self):
+        found = saving(self.scratch, ((10, 70.0),), Costs(2.0), last=1)
+        assert found.excl_small == pytest.approx(2 / 3)
+        assert found.incl_small is None
+        assert "small model" not in str(found)
+
+    def test_goal_is_no_higher_than_equal_accuracies(self):
+        assert sum([0.1] * 3) / 3 > 0.1
+        assert saving([(i, 0.1) for i in (1, 2, 3)], (), Costs(1.0), last=3).goal == 0.1
 
     def test_mean_of_the_last_evaluations(self):
         assert saving(self.scratch, (), Costs(1.0), last=3).goal == pytest.approx(200 / 3)
