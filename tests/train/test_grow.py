@@ -55,6 +55,12 @@ def test_events_report_and_a_larger_model(whole):
     assert "mango (width mango, depth stack" in printed
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Reports measure latencies for seconds; runs that are about weights go without."""
+    monkeypatch.setattr("pyvitfast.cli._report", lambda outcome: None)
+
+
 @contextlib.contextmanager
 def stopping_after(batches, monkeypatch):
     """A signal comes after so many batches."""
@@ -75,7 +81,7 @@ def stopping_after(batches, monkeypatch):
 
 # In the training of the source, of the target from scratch, and of the grown one.
 @pytest.mark.parametrize("batches", [20, 30, 70])
-def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatch, batches):
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, no_report, tmp_path, cli, monkeypatch, batches):
     out = tmp_path / "run"
     with stopping_after(batches, monkeypatch):
         result = cli("grow", *TINY, "--compare", "--rank", 2, "--out", out)
@@ -91,7 +97,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatc
 
 
 @pytest.mark.parametrize("compare", [(), ("--compare",)])
-def test_a_signal_ends_the_training_of_the_operator(whole, tmp_path, cli, monkeypatch, compare):
+def test_a_signal_ends_the_training_of_the_operator(whole, no_report, tmp_path, cli, monkeypatch, compare):
     options = ("--source", whole[0] / "dense.safetensors", *TINY, "--finetune-epochs", 1, *compare)
     assert cli("grow", *options, "--out", tmp_path / "whole").exit_code == 0
     stream = Loop.stream
@@ -127,7 +133,7 @@ def test_more_layers_are_reported_and_drop_path_is_the_targets(whole, tmp_path, 
     assert big.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
 
 
-def test_operator_sees_all_images_of_an_update(whole, tmp_path, cli, monkeypatch):
+def test_operator_sees_all_images_of_an_update(whole, no_report, tmp_path, cli, monkeypatch):
     seen = []
     stream = Loop.stream
 
@@ -155,7 +161,7 @@ def test_what_cannot_be_compared_is_refused(whole, refused, tmp_path):
     assert "--compare needs --finetune-epochs of at least 1" in line
 
 
-def test_a_fixed_rule_without_noise_keeps_the_accuracy(whole, tmp_path, cli):
+def test_a_fixed_rule_without_noise_keeps_the_accuracy(whole, no_report, tmp_path, cli):
     out = tmp_path / "run"
     result = cli(
         "grow", "--source", whole[0] / "dense.safetensors", "--method", "fpi", "--grow-noise", 0,
