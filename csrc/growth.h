@@ -24,15 +24,18 @@ inline View view_of(const Tensor& tensor) {
     return {static_cast<char*>(tensor.data_ptr()), tensor.scalar_type() == DType::Double ? 8 : 4};
 }
 
-inline Extent all_of(int64_t size) { return {size, size}; }
-
-inline int64_t product_of(std::initializer_list<int64_t> sizes) {
-    int64_t product = 1;
-    for (const int64_t size : sizes) {
-        product *= size;
-    }
-    return product;
+inline Tensor zeros_as(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    return zeros(tensor, {sizes.begin(), sizes.end()});
 }
+
+inline Tensor ones(const Tensor& like, int64_t count) {
+    const Tensor out = empty(like, {count});
+    torch::stable::fill_(out, 1.0);
+    return out;
+}
+
+inline Extent all_of(int64_t size) { return {size, size}; }
 
 // Runs products one after the other. Where the sums of one part end does not depend on the threads.
 class Products {

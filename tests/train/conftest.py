@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pyvitfast.cli import app
+from pyvitfast.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +85,22 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what differs from run to run: times and the command line."""
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in e.items() if k != "seconds"} for e in events if e["event"] != "start"]
+
+
+@contextlib.contextmanager
+def stopping_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A signal comes after so many batches."""
+    left, steps = itertools.count(batches - 1, -1), Loop._steps
+
+    def interrupted(self: Loop, running: Any) -> Iterator[Any]:
+        for loss in steps(self, running):
+            if next(left) == 0:
+                signal.raise_signal(signal.SIGINT)
+            yield loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_steps", interrupted)
+        yield
 
 
 @pytest.fixture

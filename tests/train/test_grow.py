@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import signal
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 import pyvitfast as vf
 from pyvitfast.train.loop import Loop
 from pyvitfast.train.savings import Costs, Saving, operations_to, saving, update_flops
-from tests.train.conftest import metrics
+from tests.train.conftest import metrics, stopping_after
 
 TINY = ("--epochs", 2, "--finetune-epochs", 2, "--batch-size", 100, "--device", "cpu", "--operator-steps", 3)
 
@@ -59,24 +58,6 @@ def test_events_report_and_a_larger_model(whole):
 def no_report(monkeypatch):
     """Reports measure latencies for seconds; runs that are about weights go without."""
     monkeypatch.setattr("pyvitfast.cli._report", lambda outcome: None)
-
-
-@contextlib.contextmanager
-def stopping_after(batches, monkeypatch):
-    """A signal comes after so many batches."""
-    counts = {"left": batches}
-    steps = Loop._steps
-
-    def interrupted(self, running):
-        for loss in steps(self, running):
-            counts["left"] -= 1
-            if counts["left"] == 0:
-                signal.raise_signal(signal.SIGINT)
-            yield loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_steps", interrupted)
-        yield
 
 
 # In the training of the source, of the target from scratch, and of the grown one.

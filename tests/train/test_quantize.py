@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import signal
 
 import pytest
@@ -10,8 +9,7 @@ from typer.testing import CliRunner
 import pyvitfast as vf
 from pyvitfast.cli import app
 from pyvitfast.models.quantized import packed_layers
-from pyvitfast.train.loop import Loop
-from tests.train.conftest import metrics
+from tests.train.conftest import metrics, stopping_after
 
 TINY = [
     "--epochs",
@@ -85,24 +83,6 @@ def test_the_straight_through_arm_beside_it(whole, tmp_path, cli, monkeypatch):
     assert cli("quantize", "--resume", "--out", stopped).exit_code == 0
     again = [e for e in metrics(stopped) if e["event"] == "epoch"]
     assert [e["train_loss"] for e in again] == [e["train_loss"] for e in epochs]
-
-
-@contextlib.contextmanager
-def stopping_after(batches, monkeypatch):
-    """A signal comes after so many batches."""
-    counts = {"left": batches}
-    steps = Loop._steps
-
-    def interrupted(self, running):
-        for loss in steps(self, running):
-            counts["left"] -= 1
-            if counts["left"] == 0:
-                signal.raise_signal(signal.SIGINT)
-            yield loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_steps", interrupted)
-        yield
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatch):

@@ -332,10 +332,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tenso
                         grad.size(2) == k.out2 && grad.size(3) == k.in2 &&
                         grad.scalar_type() == weight.scalar_type(),
                     kName, ": the gradient must have the shape and dtype of the result");
-    const auto zeros_as = [&](const Tensor& tensor) {
-        const auto sizes = tensor.sizes();
-        return zeros(tensor, {sizes.begin(), sizes.end()});
-    };
     const Tensor d_source = of_source ? zeros_as(k.weight) : empty(weight, {0});
     const Tensor d_a = zeros_as(k.a);
     const Tensor d_b = zeros_as(k.b);
@@ -360,13 +356,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tenso
     const int64_t cols = depth_first ? k.in1 : k.in2;
     const int64_t count_of_parts = rows / std::gcd(rows, int64_t{32});
     const Tensor parts = empty(weight, {count_of_parts * k.layers1 * k.layers2});
-    const Tensor ones = zeros(weight, {count_of_parts});
-    torch::stable::fill_(ones, 1.0);
+    const Tensor units = ones(weight, count_of_parts);
     const auto of_depth = [&](const View& targets, const View& sources) {
         for (int64_t type = 0; type < k.types; ++type) {
             steps.depth_gradient(targets, type * k.layers2 * rows * cols, sources,
                                  type * k.layers1 * rows * cols, rows, cols, view_of(parts),
-                                 view_of(ones), view_of(d_d), type);
+                                 view_of(units), view_of(d_d), type);
         }
     };
     if (depth_first) {

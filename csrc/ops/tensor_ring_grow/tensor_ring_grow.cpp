@@ -372,10 +372,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_ring_grow_backward(
                         grad.scalar_type() == weight.scalar_type() &&
                         grad_tail.scalar_type() == weight.scalar_type(),
                     kName, ": gradients must have the shapes and dtype of the results");
-    const auto zeros_as = [&](const Tensor& tensor) {
-        const auto sizes = tensor.sizes();
-        return zeros(tensor, {sizes.begin(), sizes.end()});
-    };
     const Tensor d_source = of_source ? zeros_as(ring.weight) : empty(weight, {0});
     const Tensor d_b = zeros_as(ring.s_b);
     const Tensor d_o = zeros_as(ring.s_o);
@@ -393,8 +389,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_ring_grow_backward(
         const int64_t l_parts = n.r1 * n.slots2 * n.layers2 * n.r4 * n.layers1 * n.r3;
         const Tensor parts = empty(weight, {std::max(b_parts, l_parts)});
         const int64_t most_parts = std::max(n.layers1 * n.r3, n.r1 * n.slots2);
-        const Tensor ones = zeros(weight, {most_parts});
-        torch::stable::fill_(ones, 1.0);
+        const Tensor units = ones(weight, most_parts);
         for (int64_t at = 0; at < n.out2; at += most) {
             const Tile tile(ring, products, at, std::min(most, n.out2 - at));
             tile.first(view_of(y));
@@ -402,10 +397,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tensor_ring_grow_backward(
             tile.third(view_of(z), view_of(x), false);
             tile.inputs_gradient(view_of(x), slots, view_of(d_i));
             tile.fourth(view_of(x), slots, true);
-            tile.layers_gradient(view_of(x), view_of(z), view_of(parts), view_of(ones),
+            tile.layers_gradient(view_of(x), view_of(z), view_of(parts), view_of(units),
                                  view_of(d_l));
             tile.third(view_of(dz), view_of(x), true);
-            tile.slots_gradient(view_of(dz), view_of(y), view_of(parts), view_of(ones),
+            tile.slots_gradient(view_of(dz), view_of(y), view_of(parts), view_of(units),
                                 view_of(d_b));
             tile.second(view_of(y), view_of(dz), true);
             tile.outputs_gradient(view_of(y), view_of(d_o));
