@@ -185,7 +185,7 @@ static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_be
             for (int64_t k = 0; k < depth; ++k) {
                 at_depth[k] = place_of(p.b.row, p.depth, k0 + k);
             }
-            int64_t at[kCols];
+            int64_t at[kCols > kPanelRows ? kCols : kPanelRows];
             for (int64_t j = j0; j < j1; j += kCols) {
                 const int count = static_cast<int>(j1 - j < kCols ? j1 - j : kCols);
                 for (int r = 0; r < count; ++r) {
