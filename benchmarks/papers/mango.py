@@ -85,11 +85,14 @@ def network(shape: tuple[int, int, int], name: str, seed: int) -> VisionTransfor
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+    patches = model.patch_embed.proj
+    nn.init.xavier_uniform_(patches.weight.flatten(1))  # a view: as the linear layer that it is
+    nn.init.zeros_(patches.bias)
     return model
 
 
 class Batches:
-    """Batches of images moved by up to one pixel; the same for the same seed."""
+    """Batches of images, each moved by up to one pixel; the same for the same seed."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.split = images(name, seed)
@@ -99,8 +102,9 @@ class Batches:
         index = torch.randint(len(self.split.train_y), (BATCH,), generator=self.generator)
         x = F.pad(self.split.train_x[index], (1, 1, 1, 1))
         side = x.shape[-1] - 2
-        down, right = torch.randint(3, (2,), generator=self.generator).tolist()
-        return x[:, :, down : down + side, right : right + side], self.split.train_y[index]
+        down, right = torch.randint(3, (2, BATCH), generator=self.generator)
+        windows = x.unfold(2, side, 1).unfold(3, side, 1)
+        return windows[torch.arange(BATCH), :, down, right], self.split.train_y[index]
 
     def __iter__(self) -> Batches:
         return self

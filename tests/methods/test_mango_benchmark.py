@@ -37,3 +37,21 @@ def test_claims():
     held = [claim["held"] for claim in mango.claims(rows)]
     assert held == [True, True, False, False, True, False, True, True]
     assert mango.claims([]) == []
+
+
+def test_each_image_is_moved_by_itself():
+    x, y = next(mango.Batches("digits", 0))
+    index = torch.randint(
+        len(mango.images("digits", 0).train_y), (mango.BATCH,), generator=torch.Generator().manual_seed(0)
+    )
+    split = mango.images("digits", 0)
+    assert torch.equal(y, split.train_y[index])
+    padded = torch.nn.functional.pad(split.train_x[index], (1, 1, 1, 1))
+    moves = set()
+    for image, whole in zip(x, padded, strict=True):
+        found = [
+            (i, j) for i in range(3) for j in range(3) if torch.equal(image, whole[:, i : i + 8, j : j + 8])
+        ]
+        assert found
+        moves.add(found[0])
+    assert len(moves) == 9
