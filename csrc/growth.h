@@ -20,6 +20,17 @@ struct View {
     }
 };
 
+// [count, rows, cols] in row-major order, `offset` elements on.
+inline StridedMatrix stack_of(const View& view, int64_t cols, int64_t size = 0,
+                              int64_t offset = 0) {
+    return view.matrix({cols, 0}, {1, 0}, {size, 0}, offset);
+}
+
+inline StridedMatrix transposed(StridedMatrix matrix) {
+    std::swap(matrix.row, matrix.col);
+    return matrix;
+}
+
 inline View view_of(const Tensor& tensor) {
     return {static_cast<char*>(tensor.data_ptr()), tensor.scalar_type() == DType::Double ? 8 : 4};
 }
@@ -49,8 +60,21 @@ class Products {
         : op_(op), launch_(launch), scope_(like), wide_(like.scalar_type() == DType::Double) {}
 #endif
 
-    void run(StridedProduct p) const {
-        p.wide = wide_;
+    // c = a b, or c += a b: rows x depth times depth x cols, for each of a batch.
+    void run(const StridedMatrix& a, const StridedMatrix& b, const StridedMatrix& c, Extent rows,
+             Extent depth, Extent cols, Extent batch, bool accumulate = false) const {
+        run(StridedProduct{a, b, c, rows, cols, depth, batch, accumulate, wide_});
+    }
+
+    // The sum of `count` parts of `size` elements, one after the other; `units` holds as many ones.
+    void add_up(const View& parts, int64_t count, int64_t size, const View& units,
+                const StridedMatrix& sum, bool accumulate) const {
+        run(stack_of(units, 0), stack_of(parts, size), sum, all_of(1), all_of(count), all_of(size),
+            all_of(1), accumulate);
+    }
+
+   private:
+    void run(const StridedProduct& p) const {
         if (p.rows.size == 0 || p.cols.size == 0 || p.batch.size == 0) {
             return;
         }
@@ -83,7 +107,6 @@ class Products {
 #endif
     }
 
-   private:
 #if PVF_CPU_KERNELS
     static constexpr int64_t kMostRows = 1536;
     static constexpr int64_t kMostCols = 1536;

@@ -183,12 +183,17 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kProductThreads, 1)
 }
 
 template <typename T>
-const char* launch_strided_product(const StridedProduct& p, void* stream) {
+const char* launch_strided_product_of(const StridedProduct& p, void* stream) {
     constexpr int64_t kTile = kProductTile<T>;
     const int64_t tiles = (p.rows.size + kTile - 1) / kTile * ((p.cols.size + kTile - 1) / kTile);
     const Dim3 grid{static_cast<unsigned>(tiles * p.batch.size), 1, 1};
     return launch_result(launch(strided_product_kernel<T>, grid, Dim3{kProductThreads, 1, 1}, 0,
                                 as_stream(stream), p));
+}
+
+const char* launch_strided_product(const StridedProduct& p, void* stream) {
+    return p.wide ? launch_strided_product_of<double>(p, stream)
+                  : launch_strided_product_of<float>(p, stream);
 }
 
 }  // namespace

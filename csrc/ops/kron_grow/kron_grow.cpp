@@ -23,6 +23,13 @@ struct Kron : KronSizes {
 
     int64_t source() const { return out1 * in1; }
     int64_t target() const { return out2 * in2; }
+    // Matrices from number `at` on of a tensor of the source's or of the target's.
+    StridedMatrix sources(const Tensor& tensor, int64_t at) const {
+        return stack_of(view_of(tensor), in1, source(), at * source());
+    }
+    StridedMatrix targets(const Tensor& tensor, int64_t at) const {
+        return stack_of(view_of(tensor), in2, target(), at * target());
+    }
     bool depth_first() const { return identity || kron_depth_first(*this, factors); }
 };
 
@@ -66,15 +73,6 @@ Products products_of([[maybe_unused]] const Kron& k) {
 #endif
 }
 
-StridedMatrix rows_of_view(const View& view, int64_t cols, Stride batch, int64_t offset = 0) {
-    return view.matrix({cols, 0}, {1, 0}, batch, offset);
-}
-
-StridedMatrix transposed(StridedMatrix matrix) {
-    std::swap(matrix.row, matrix.col);
-    return matrix;
-}
-
 // The steps of both passes over `count` matrices of one type, from layer `first` on.
 class Steps {
    public:
@@ -84,193 +82,115 @@ class Steps {
     void mix(const View& from, const View& to, int64_t size, bool back, bool onto = false) const {
         const int64_t before = back ? k_.layers2 : k_.layers1;
         const int64_t after = back ? k_.layers1 : k_.layers2;
-        StridedMatrix depth = rows_of_view(view_of(k_.d), k_.layers1, {k_.layers1 * k_.layers2, 0});
-        StridedProduct p{};
-        p.a = back ? transposed(depth) : depth;
-        p.b = rows_of_view(from, size, {before * size, 0});
-        p.c = rows_of_view(to, size, {after * size, 0});
-        p.rows = all_of(after);
-        p.depth = all_of(before);
-        p.cols = all_of(size);
-        p.batch = all_of(k_.types);
-        p.accumulate = onto;
-        products_.run(p);
+        products_.run(back ? transposed(depth()) : depth(), stack_of(from, size, before * size),
+                      stack_of(to, size, after * size), all_of(after), all_of(before), all_of(size),
+                      all_of(k_.types), onto);
     }
 
     // Layers mixed into the corners of the target, [types, layers2, out2, in2].
     void mix_into_corners(const View& target) const {
-        StridedProduct p{};
-        p.a = rows_of_view(view_of(k_.d), k_.layers1, {k_.layers1 * k_.layers2, 0});
-        p.b = rows_of_view(view_of(k_.weight), k_.source(), {k_.layers1 * k_.source(), 0});
-        p.b.col.outer = k_.in1;
-        p.c = target.matrix({k_.target(), 0}, {1, k_.in2}, {k_.layers2 * k_.target(), 0});
-        p.rows = all_of(k_.layers2);
-        p.depth = all_of(k_.layers1);
-        p.cols = {k_.source(), k_.in1};
-        p.batch = all_of(k_.types);
-        products_.run(p);
+        StridedMatrix source = stack_of(view_of(k_.weight), k_.source(), k_.layers1 * k_.source());
+        source.col.outer = k_.in1;
+        products_.run(depth(), source,
+                      target.matrix({k_.target(), 0}, {1, k_.in2}, {k_.layers2 * k_.target(), 0}),
+                      all_of(k_.layers2), all_of(k_.layers1), {k_.source(), k_.in1},
+                      all_of(k_.types));
     }
 
     // What is right of the corners, then all that is below.
     void widen_corners(const View& target, int64_t at, int64_t first, int64_t count) const {
-        StridedProduct p{};
-        p.a = rows_of_view(target, k_.in2, {k_.target(), 0}, at);
-        p.b = transposed(factor(k_.a, k_.in2 - k_.in1, k_.in1, first));
-        p.c = rows_of_view(target, k_.in2, {k_.target(), 0}, at + k_.in1);
-        p.rows = all_of(k_.out1);
-        p.depth = all_of(k_.in1);
-        p.cols = all_of(k_.in2 - k_.in1);
-        p.batch = all_of(count);
-        products_.run(p);
-        StridedProduct q{};
-        q.a = factor(k_.b, k_.out2 - k_.out1, k_.out1, first);
-        q.b = rows_of_view(target, k_.in2, {k_.target(), 0}, at);
-        q.c = rows_of_view(target, k_.in2, {k_.target(), 0}, at + k_.out1 * k_.in2);
-        q.rows = all_of(k_.out2 - k_.out1);
-        q.depth = all_of(k_.out1);
-        q.cols = all_of(k_.in2);
-        q.batch = all_of(count);
-        products_.run(q);
+        const auto from = [&](int64_t offset) {
+            return stack_of(target, k_.in2, k_.target(), at + offset);
+        };
+        right(from(0), from(k_.in1), k_.out1, first, count);
+        left(from(0), from(k_.out1 * k_.in2), k_.in2, first, count);
     }
 
-    // Both factors on matrices [count, out1, in1] at `source`; `between` holds [count, ...].
-    void widen(const View& source, int64_t from, const View& between, const View& target,
-               int64_t to, int64_t first, int64_t count) const {
+    // Both factors on matrices [count, out1, in1]; `between` holds them after one.
+    void widen(const StridedMatrix& source, const View& between, const StridedMatrix& target,
+               int64_t first, int64_t count) const {
         if (kron_right_first(k_) <= kron_left_first(k_)) {
-            right(source, from, between, first, count);
-            StridedProduct p = left(first, count);
-            p.b = rows_of_view(between, k_.in2, {k_.out1 * k_.in2, 0});
-            p.c = rows_of_view(target, k_.in2, {k_.target(), 0}, to);
-            p.cols = all_of(k_.in2);
-            products_.run(p);
-            return;
+            const StridedMatrix half = stack_of(between, k_.in2, k_.out1 * k_.in2);
+            right(source, half, k_.out1, first, count);
+            left(half, target, k_.in2, first, count);
+        } else {
+            const StridedMatrix half = stack_of(between, k_.in1, k_.out2 * k_.in1);
+            left(source, half, k_.in1, first, count);
+            right(half, target, k_.out2, first, count);
         }
-        StridedProduct p = left(first, count);
-        p.b = rows_of_view(source, k_.in1, {k_.source(), 0}, from);
-        p.c = rows_of_view(between, k_.in1, {k_.out2 * k_.in1, 0});
-        p.cols = all_of(k_.in1);
-        products_.run(p);
-        StridedProduct q{};
-        q.a = rows_of_view(between, k_.in1, {k_.out2 * k_.in1, 0});
-        q.b = transposed(factor(k_.a, k_.in2, k_.in1, first));
-        q.c = rows_of_view(target, k_.in2, {k_.target(), 0}, to);
-        q.rows = all_of(k_.out2);
-        q.depth = all_of(k_.in1);
-        q.cols = all_of(k_.in2);
-        q.batch = all_of(count);
-        products_.run(q);
     }
 
-    // S A^T, [count, out1, in2]
-    void right(const View& source, int64_t from, const View& to, int64_t first,
+    // M A^T, for matrices of so many rows.
+    void right(const StridedMatrix& from, const StridedMatrix& to, int64_t rows, int64_t first,
                int64_t count) const {
-        StridedProduct p{};
-        p.a = rows_of_view(source, k_.in1, {k_.source(), 0}, from);
-        p.b = transposed(factor(k_.a, k_.in2, k_.in1, first));
-        p.c = rows_of_view(to, k_.in2, {k_.out1 * k_.in2, 0});
-        p.rows = all_of(k_.out1);
-        p.depth = all_of(k_.in1);
-        p.cols = all_of(k_.in2);
-        p.batch = all_of(count);
-        products_.run(p);
+        products_.run(from, transposed(factor(k_.a, first)), to, all_of(rows), all_of(k_.in1),
+                      all_of(k_.a.size(1)), all_of(count));
+    }
+
+    // B M, for matrices of so many columns.
+    void left(const StridedMatrix& from, const StridedMatrix& to, int64_t cols, int64_t first,
+              int64_t count) const {
+        products_.run(factor(k_.b, first), from, to, all_of(k_.b.size(1)), all_of(k_.out1),
+                      all_of(cols), all_of(count));
     }
 
     // B^T G, [count, out1, in2]
-    void left_back(const View& grad, int64_t from, const View& to, int64_t first,
+    void left_back(const StridedMatrix& grad, const StridedMatrix& to, int64_t first,
                    int64_t count) const {
-        StridedProduct p{};
-        p.a = transposed(factor(k_.b, k_.out2, k_.out1, first));
-        p.b = rows_of_view(grad, k_.in2, {k_.target(), 0}, from);
-        p.c = rows_of_view(to, k_.in2, {k_.out1 * k_.in2, 0});
-        p.rows = all_of(k_.out1);
-        p.depth = all_of(k_.out2);
-        p.cols = all_of(k_.in2);
-        p.batch = all_of(count);
-        products_.run(p);
+        products_.run(transposed(factor(k_.b, first)), grad, to, all_of(k_.out1), all_of(k_.out2),
+                      all_of(k_.in2), all_of(count));
     }
 
     // Times A, [count, out1, in1]
-    void right_back(const View& half, const View& to, int64_t at, int64_t first,
+    void right_back(const StridedMatrix& half, const StridedMatrix& to, int64_t first,
                     int64_t count) const {
-        StridedProduct p{};
-        p.a = rows_of_view(half, k_.in2, {k_.out1 * k_.in2, 0});
-        p.b = factor(k_.a, k_.in2, k_.in1, first);
-        p.c = rows_of_view(to, k_.in1, {k_.source(), 0}, at);
-        p.rows = all_of(k_.out1);
-        p.depth = all_of(k_.in2);
-        p.cols = all_of(k_.in1);
-        p.batch = all_of(count);
-        products_.run(p);
+        products_.run(half, factor(k_.a, first), to, all_of(k_.out1), all_of(k_.in2),
+                      all_of(k_.in1), all_of(count));
     }
 
     // Onto the gradient of a factor: the sum over matrices and `inner` of left[.., i] right[.., j].
-    void factor_gradient(StridedMatrix left, StridedMatrix right, const Tensor& grad, int64_t inner,
-                         int64_t first, int64_t count) const {
+    void factor_gradient(const StridedMatrix& left, StridedMatrix right, const Tensor& grad,
+                         int64_t inner, int64_t first, int64_t count) const {
         const int64_t rows = grad.size(1);
         const int64_t cols = grad.size(2);
-        StridedProduct p{};
-        p.a = transposed(left);
-        p.b = right;
-        p.rows = all_of(rows);
-        p.cols = all_of(cols);
-        p.accumulate = true;
+        StridedMatrix turned = transposed(left);
+        const View sum = view_of(grad);
         if (k_.factors == Factors::kShared) {
-            p.a.col.outer = left.batch.inner;
-            p.b.row.outer = right.batch.inner;
-            p.a.batch = p.b.batch = {};
-            p.c = rows_of_view(view_of(grad), cols, {});
-            p.depth = {count * inner, inner};
-            p.batch = all_of(1);
+            turned.col.outer = left.batch.inner;
+            right.row.outer = right.batch.inner;
+            turned.batch = right.batch = {};
+            products_.run(turned, right, stack_of(sum, cols), all_of(rows), {count * inner, inner},
+                          all_of(cols), all_of(1), true);
         } else {
-            p.c = rows_of_view(view_of(grad), cols, {rows * cols, 0}, first * rows * cols);
-            p.depth = all_of(inner);
-            p.batch = all_of(count);
+            products_.run(turned, right, stack_of(sum, cols, rows * cols, first * rows * cols),
+                          all_of(rows), all_of(inner), all_of(cols), all_of(count), true);
         }
-        products_.run(p);
     }
 
     // Of the depth of one type: every matrix of the target's layers times every one of the
     // source's.
     void depth_gradient(const View& targets, int64_t target_at, const View& sources,
                         int64_t source_at, int64_t rows, int64_t cols, const View& parts,
-                        const View& ones, const View& grad, int64_t type) const {
+                        const View& units, const View& grad, int64_t type) const {
         // Sums in parts of whole rows, added up in order.
         const int64_t size = std::gcd(rows, int64_t{32}) * cols;
         const int64_t count = rows * cols / size;
         const int64_t layers = k_.layers1 * k_.layers2;
-        StridedProduct p{};
-        p.a = targets.matrix({rows * cols, 0}, {1, 0}, {size, 0}, target_at);
-        p.b = sources.matrix({1, 0}, {rows * cols, 0}, {size, 0}, source_at);
-        p.c = rows_of_view(parts, k_.layers1, {layers, 0});
-        p.rows = all_of(k_.layers2);
-        p.cols = all_of(k_.layers1);
-        p.depth = all_of(size);
-        p.batch = all_of(count);
-        products_.run(p);
-        StridedProduct q{};
-        q.a = ones.matrix({0, 0}, {1, 0});
-        q.b = rows_of_view(parts, layers, {});
-        q.c = rows_of_view(grad, layers, {}, type * layers);
-        q.rows = all_of(1);
-        q.cols = all_of(layers);
-        q.depth = all_of(count);
-        q.batch = all_of(1);
-        products_.run(q);
+        products_.run(stack_of(targets, rows * cols, size, target_at),
+                      transposed(stack_of(sources, rows * cols, size, source_at)),
+                      stack_of(parts, k_.layers1, layers), all_of(k_.layers2), all_of(size),
+                      all_of(k_.layers1), all_of(count));
+        products_.add_up(parts, count, layers, units, stack_of(grad, layers, 0, type * layers),
+                         false);
     }
 
    private:
-    StridedMatrix factor(const Tensor& tensor, int64_t rows, int64_t cols, int64_t first) const {
-        const bool shared = k_.factors == Factors::kShared;
-        return rows_of_view(view_of(tensor), cols, {shared ? 0 : rows * cols, 0},
-                            shared ? 0 : first * rows * cols);
+    StridedMatrix depth() const {
+        return stack_of(view_of(k_.d), k_.layers1, k_.layers1 * k_.layers2);
     }
-    StridedProduct left(int64_t first, int64_t count) const {
-        StridedProduct p{};
-        p.a = factor(k_.b, k_.out2, k_.out1, first);
-        p.rows = all_of(k_.out2);
-        p.depth = all_of(k_.out1);
-        p.batch = all_of(count);
-        return p;
+    StridedMatrix factor(const Tensor& tensor, int64_t first) const {
+        const int64_t size = k_.factors == Factors::kShared ? 0 : tensor.size(1) * tensor.size(2);
+        return stack_of(view_of(tensor), tensor.size(2), size, first * size);
     }
 
     const Kron& k_;
@@ -314,8 +234,7 @@ Tensor kron_grow(Tensor weight, Tensor a, Tensor b, Tensor d, int64_t factors, b
     const Tensor& target = depth_first ? out : mixed;
     for_each_chunk(k, layers, [&](int64_t type, int64_t first, int64_t count) {
         const int64_t at = type * layers + first;
-        steps.widen(view_of(source), at * k.source(), view_of(between), view_of(target),
-                    at * k.target(), first, count);
+        steps.widen(k.sources(source, at), view_of(between), k.targets(target, at), first, count);
     });
     if (!depth_first) {
         steps.mix(view_of(mixed), view_of(out), k.target(), false);
@@ -369,24 +288,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kron_grow_backward(Tensor grad, Tenso
     } else {
         for_each_chunk(k, layers, [&](int64_t type, int64_t first, int64_t count) {
             const int64_t at = type * layers + first;
-            steps.widen(view_of(read), at * k.source(), view_of(other), view_of(made),
-                        at * k.target(), first, count);
+            steps.widen(k.sources(read, at), view_of(other), k.targets(made, at), first, count);
         });
         of_depth(view_of(given), view_of(made));
         steps.mix(view_of(given), view_of(made), k.target(), true);
     }
     for_each_chunk(k, layers, [&](int64_t type, int64_t first, int64_t count) {
         const int64_t at = type * layers + first;
-        steps.left_back(view_of(made), at * k.target(), view_of(half), first, count);
-        steps.factor_gradient(rows_of_view(view_of(half), k.in2, {half_size, 0}),
-                              rows_of_view(view_of(read), k.in1, {k.source(), 0}, at * k.source()),
-                              d_a, k.out1, first, count);
-        steps.right(view_of(read), at * k.source(), view_of(other), first, count);
-        steps.factor_gradient(
-            view_of(made).matrix({1, 0}, {k.in2, 0}, {k.target(), 0}, at * k.target()),
-            view_of(other).matrix({1, 0}, {k.in2, 0}, {half_size, 0}), d_b, k.in2, first, count);
+        const StridedMatrix of_half = stack_of(view_of(half), k.in2, half_size);
+        const StridedMatrix of_other = stack_of(view_of(other), k.in2, half_size);
+        steps.left_back(k.targets(made, at), of_half, first, count);
+        steps.factor_gradient(of_half, k.sources(read, at), d_a, k.out1, first, count);
+        steps.right(k.sources(read, at), of_other, k.out1, first, count);
+        steps.factor_gradient(transposed(k.targets(made, at)), transposed(of_other), d_b, k.in2,
+                              first, count);
         if (depth_first || of_source) {
-            steps.right_back(view_of(half), view_of(d_read), at * k.source(), first, count);
+            steps.right_back(of_half, k.sources(d_read, at), first, count);
         }
     });
     if (depth_first) {

@@ -4,8 +4,7 @@
 namespace pyvitfast {
 
 const char* kron_grow_cuda(const StridedProduct& product, void* stream) {
-    return product.wide ? launch_strided_product<double>(product, stream)
-                        : launch_strided_product<float>(product, stream);
+    return launch_strided_product(product, stream);
 }
 
 }  // namespace pyvitfast

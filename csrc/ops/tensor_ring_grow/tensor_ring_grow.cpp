@@ -85,153 +85,100 @@ class Tile {
 
     // [l, b, r2, r3, p, i]
     void first(const View& y) const {
-        StridedProduct p{};
-        p.a = view_of(ring_.s_o).matrix({n_.out1, n_.out2 * n_.out1}, {1, 0}, {}, at_ * n_.out1);
-        p.b = view_of(ring_.weight).matrix({n_.in1, 0}, {1, 0}, {n_.out1 * n_.in1, 0});
-        p.c = y.matrix({n_.in1, tile_ * n_.in1}, {1, 0}, {source_stride(), 0});
-        p.rows = {n_.r2 * n_.r3 * tile_, tile_};
-        p.cols = all_of(n_.in1);
-        p.depth = all_of(n_.out1);
-        p.batch = all_of(ring_.source());
-        products_.run(p);
+        products_.run(outputs_core(), sources(), y_by_source(y), bonds_and_rows(), all_of(n_.out1),
+                      all_of(n_.in1), all_of(ring_.source()));
     }
 
     // [l, r3, r1, c, p, i], or back
     void second(const View& y, const View& z, bool back) const {
-        StridedMatrix core = view_of(ring_.s_b).matrix({depth_b(), 0}, {1, 0});
-        const StridedMatrix before = y_by_slot(y);
-        const StridedMatrix after = z_by_layer(z);
-        StridedProduct p{};
+        const StridedMatrix core = stack_of(view_of(ring_.s_b), depth_b());
+        const Extent batch{n_.layers1 * n_.r3, n_.r3};
         if (back) {
-            std::swap(core.row, core.col);
+            products_.run(transposed(core), z_by_layer(z), y_by_slot(y), all_of(depth_b()),
+                          all_of(rows_b()), all_of(cols_), batch);
+        } else {
+            products_.run(core, y_by_slot(y), z_by_layer(z), all_of(rows_b()), all_of(depth_b()),
+                          all_of(cols_), batch);
         }
-        p.a = core;
-        p.b = back ? after : before;
-        p.c = back ? before : after;
-        p.rows = all_of(back ? depth_b() : rows_b());
-        p.depth = all_of(back ? rows_b() : depth_b());
-        p.cols = all_of(cols_);
-        p.batch = {n_.layers1 * n_.r3, n_.r3};
-        products_.run(p);
     }
 
     // [m, r4, r1, c, p, i], or back
     void third(const View& z, const View& x, bool back) const {
-        StridedMatrix core = view_of(ring_.s_l).matrix({depth_l(), 0}, {1, 0});
-        const StridedMatrix before = z.matrix({wide_cols(), 0}, {1, 0});
-        const StridedMatrix after = x.matrix({wide_cols(), 0}, {1, 0});
-        StridedProduct p{};
+        const StridedMatrix core = stack_of(view_of(ring_.s_l), depth_l());
+        const StridedMatrix before = stack_of(z, wide_cols());
+        const StridedMatrix after = stack_of(x, wide_cols());
         if (back) {
-            std::swap(core.row, core.col);
+            products_.run(transposed(core), after, before, all_of(depth_l()), all_of(rows_l()),
+                          all_of(wide_cols()), all_of(1));
+        } else {
+            products_.run(core, before, after, all_of(rows_l()), all_of(depth_l()),
+                          all_of(wide_cols()), all_of(1));
         }
-        p.a = core;
-        p.b = back ? after : before;
-        p.c = back ? before : after;
-        p.rows = all_of(back ? depth_l() : rows_l());
-        p.depth = all_of(back ? rows_l() : depth_l());
-        p.cols = all_of(wide_cols());
-        p.batch = all_of(1);
-        products_.run(p);
     }
 
     // The target, or back from its gradient.
     void fourth(const View& x, const Slots& slots, bool back) const {
         for (const RingSlots& part : slots.part) {
-            StridedProduct p{};
-            const StridedMatrix mixed = x_by_row(x, part);
-            const StridedMatrix target = target_of(part);
-            StridedMatrix core = view_of(ring_.s_i).matrix({n_.in2, n_.in1 * n_.in2}, {1, 0});
+            const StridedMatrix core = inputs_core(view_of(ring_.s_i));
+            const Extent batch{n_.layers2 * part.count, part.count};
             if (back) {
-                std::swap(core.row, core.col);
+                products_.run(target_of(part), transposed(core), x_by_row(x, part), all_of(tile_),
+                              all_of(n_.in2), bonds_and_cols(), batch);
+            } else {
+                products_.run(x_by_row(x, part), core, target_of(part), all_of(tile_),
+                              bonds_and_cols(), all_of(n_.in2), batch);
             }
-            p.a = back ? target : mixed;
-            p.b = core;
-            p.c = back ? mixed : target;
-            p.rows = all_of(tile_);
-            p.cols = back ? Extent{bonds() * n_.in1, n_.in1} : all_of(n_.in2);
-            p.depth = back ? all_of(n_.in2) : Extent{bonds() * n_.in1, n_.in1};
-            p.batch = {n_.layers2 * part.count, part.count};
-            products_.run(p);
         }
     }
 
     // Onto the gradient of s_i, a layer at a time: x^T times the target's gradient.
     void inputs_gradient(const View& x, const Slots& slots, const View& grad) const {
         for (const RingSlots& part : slots.part) {
+            const View target{static_cast<char*>(part.data), x.item};
             for (int64_t m = 0; m < n_.layers2; ++m) {
-                StridedProduct p{};
                 const int64_t offset = m * n_.r4 * wide_cols() + part.first * cols_;
-                p.a = x.matrix({1, n_.slots2 * cols_}, {n_.in1, cols_}, {}, offset);
-                const View target{static_cast<char*>(part.data), x.item};
-                p.b = target.matrix({part.row, part.slot}, {1, 0}, {},
-                                    m * part.layer + at_ * part.row);
-                p.c = grad.matrix({n_.in2, n_.in1 * n_.in2}, {1, 0});
-                p.rows = {bonds() * n_.in1, n_.in1};
-                p.cols = all_of(n_.in2);
-                p.depth = {part.count * tile_, tile_};
-                p.batch = all_of(1);
-                p.accumulate = true;
-                products_.run(p);
+                products_.run(x.matrix({1, n_.slots2 * cols_}, {n_.in1, cols_}, {}, offset),
+                              target.matrix({part.row, part.slot}, {1, 0}, {},
+                                            m * part.layer + at_ * part.row),
+                              inputs_core(grad), bonds_and_cols(), {part.count * tile_, tile_},
+                              all_of(n_.in2), all_of(1), true);
             }
         }
     }
 
     // Of s_l: sums over all columns, in parts that are added up in order.
-    void layers_gradient(const View& dx, const View& z, const View& parts, const View& ones,
+    void layers_gradient(const View& dx, const View& z, const View& parts, const View& units,
                          const View& grad) const {
         const int64_t count = n_.r1 * n_.slots2;
-        StridedProduct p{};
-        p.a = dx.matrix({wide_cols(), 0}, {1, 0}, {cols_, 0});
-        p.b = z.matrix({1, 0}, {wide_cols(), 0}, {cols_, 0});
-        p.c = parts.matrix({depth_l(), 0}, {1, 0}, {rows_l() * depth_l(), 0});
-        p.rows = all_of(rows_l());
-        p.cols = all_of(depth_l());
-        p.depth = all_of(cols_);
-        p.batch = all_of(count);
-        products_.run(p);
-        add_parts(parts, count, rows_l() * depth_l(), ones, grad);
+        const int64_t size = rows_l() * depth_l();
+        products_.run(stack_of(dx, wide_cols(), cols_), transposed(stack_of(z, wide_cols(), cols_)),
+                      stack_of(parts, depth_l(), size), all_of(rows_l()), all_of(cols_),
+                      all_of(depth_l()), all_of(count));
+        products_.add_up(parts, count, size, units, stack_of(grad, size), true);
     }
 
-    void slots_gradient(const View& dz, const View& y, const View& parts, const View& ones,
+    void slots_gradient(const View& dz, const View& y, const View& parts, const View& units,
                         const View& grad) const {
         const int64_t count = n_.layers1 * n_.r3;
-        StridedProduct p{};
-        p.a = z_by_layer(dz);
-        p.b = y_by_slot(y);
-        std::swap(p.b.row, p.b.col);
-        p.c = parts.matrix({depth_b(), 0}, {1, 0}, {rows_b() * depth_b(), 0});
-        p.c.batch.outer = n_.r3 * p.c.batch.inner;
-        p.rows = all_of(rows_b());
-        p.cols = all_of(depth_b());
-        p.depth = all_of(cols_);
-        p.batch = {count, n_.r3};
-        products_.run(p);
-        add_parts(parts, count, rows_b() * depth_b(), ones, grad);
+        const int64_t size = rows_b() * depth_b();
+        StridedMatrix out = stack_of(parts, depth_b(), size);
+        out.batch.outer = n_.r3 * size;
+        products_.run(z_by_layer(dz), transposed(y_by_slot(y)), out, all_of(rows_b()),
+                      all_of(cols_), all_of(depth_b()), {count, n_.r3});
+        products_.add_up(parts, count, size, units, stack_of(grad, size), true);
     }
 
     void outputs_gradient(const View& dy, const View& grad) const {
-        StridedProduct p{};
-        p.a = dy.matrix({n_.in1, tile_ * n_.in1}, {1, source_stride()});
-        p.b = view_of(ring_.weight).matrix({1, n_.out1 * n_.in1}, {n_.in1, 0});
-        p.c = grad.matrix({n_.out1, n_.out2 * n_.out1}, {1, 0}, {}, at_ * n_.out1);
-        p.rows = {n_.r2 * n_.r3 * tile_, tile_};
-        p.cols = all_of(n_.out1);
-        p.depth = {ring_.source() * n_.in1, n_.in1};
-        p.batch = all_of(1);
-        products_.run(p);
+        products_.run(dy.matrix({n_.in1, tile_ * n_.in1}, {1, source_stride()}),
+                      view_of(ring_.weight).matrix({1, n_.out1 * n_.in1}, {n_.in1, 0}),
+                      rows_of_tile(grad), bonds_and_rows(), {ring_.source() * n_.in1, n_.in1},
+                      all_of(n_.out1), all_of(1));
     }
 
     void source_gradient(const View& dy, const View& grad) const {
-        StridedProduct p{};
-        p.a = view_of(ring_.s_o).matrix({1, 0}, {n_.out1, n_.out2 * n_.out1}, {}, at_ * n_.out1);
-        p.b = dy.matrix({n_.in1, tile_ * n_.in1}, {1, 0}, {source_stride(), 0});
-        p.c = grad.matrix({n_.in1, 0}, {1, 0}, {n_.out1 * n_.in1, 0});
-        p.rows = all_of(n_.out1);
-        p.cols = all_of(n_.in1);
-        p.depth = {n_.r2 * n_.r3 * tile_, tile_};
-        p.batch = all_of(ring_.source());
-        p.accumulate = true;
-        products_.run(p);
+        products_.run(transposed(outputs_core()), y_by_source(dy),
+                      stack_of(grad, n_.in1, n_.out1 * n_.in1), all_of(n_.out1), bonds_and_rows(),
+                      all_of(n_.in1), all_of(ring_.source()), true);
     }
 
    private:
@@ -243,6 +190,24 @@ class Tile {
     int64_t wide_cols() const { return rows_b() * cols_; }
     int64_t source_stride() const { return n_.r2 * n_.r3 * cols_; }
 
+    Extent bonds_and_rows() const { return {n_.r2 * n_.r3 * tile_, tile_}; }
+    Extent bonds_and_cols() const { return {bonds() * n_.in1, n_.in1}; }
+
+    // Rows (r2, r3, p) of s_o, or of its gradient.
+    StridedMatrix rows_of_tile(const View& core) const {
+        return core.matrix({n_.out1, n_.out2 * n_.out1}, {1, 0}, {}, at_ * n_.out1);
+    }
+    StridedMatrix outputs_core() const { return rows_of_tile(view_of(ring_.s_o)); }
+    StridedMatrix inputs_core(const View& core) const {
+        return core.matrix({n_.in2, n_.in1 * n_.in2}, {1, 0});
+    }
+    StridedMatrix sources() const {
+        return stack_of(view_of(ring_.weight), n_.in1, n_.out1 * n_.in1);
+    }
+    // By source matrix: rows (r2, r3, p).
+    StridedMatrix y_by_source(const View& y) const {
+        return y.matrix({n_.in1, tile_ * n_.in1}, {1, 0}, {source_stride(), 0});
+    }
     // By (layer, r3): rows (slot, r2).
     StridedMatrix y_by_slot(const View& y) const {
         return y.matrix({n_.r3 * cols_, 0}, {1, 0}, {cols_, n_.slots1 * source_stride()});
@@ -259,20 +224,6 @@ class Tile {
         const View view{static_cast<char*>(part.data), view_of(ring_.weight).item};
         return view.matrix({part.row, 0}, {1, 0}, {part.slot, part.layer}, at_ * part.row);
     }
-    void add_parts(const View& parts, int64_t count, int64_t size, const View& ones,
-                   const View& grad) const {
-        StridedProduct p{};
-        p.a = ones.matrix({0, 0}, {1, 0});
-        p.b = parts.matrix({size, 0}, {1, 0});
-        p.c = grad.matrix({size, 0}, {1, 0});
-        p.rows = all_of(1);
-        p.cols = all_of(size);
-        p.depth = all_of(count);
-        p.batch = all_of(1);
-        p.accumulate = true;
-        products_.run(p);
-    }
-
     const Ring& ring_;
     const RingSizes& n_;
     const Products& products_;
