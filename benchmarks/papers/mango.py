@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.papers import data
 from benchmarks.papers.report import cell, conditions, print_claims
+from benchmarks.papers.training import accuracy
 from pyvitfast.grow import LiGOOperator, MangoOperator, grow
 from pyvitfast.models.summary import summary
 from pyvitfast.train.savings import Costs, saving, update_flops
@@ -115,21 +116,12 @@ def objective(output: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(output, labels, label_smoothing=0.1)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: data.Images) -> float:
-    """On the test images, in percent."""
-    model.eval()
-    found = 100 * float((model(split.test_x).argmax(1) == split.test_y).double().mean())
-    model.train()
-    return found
-
-
 def trained(model: nn.Module, name: str, seed: int, steps: int, every: int) -> list[tuple[float, float]]:
     """Train in place by AdamW and a cosine; (updates, accuracy) of each evaluation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     batches, curve = Batches(name, seed), []
-    model.train()
     for step in range(steps):
+        model.train()
         for group in optimizer.param_groups:
             group["lr"] = RATE * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.zero_grad()

@@ -162,16 +162,15 @@ class LiGOOperator(GrowthOperator):
         w: Tensor = self.coefficients[name.replace(".", "_")]
         return w
 
-    def _factor(self, name: str) -> Tensor:
-        """[n2, n1], or one for each layer [L, n2, n1]."""
-        factor: Tensor = self.factors[name]
+    def _whole(self, factor: Tensor) -> Tensor:
+        """A factor [..., n2, n1], with the identity that stands above it in style repo."""
         if self.style == "paper":
             return factor
         same = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return torch.cat([same.expand(*factor.shape[:-2], *same.shape), factor], -2)
 
     def _evaluate(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        factors = {name: self._factor(name) for name in _FACTORS}
+        factors = dict(self.factors.items())
         blocks: dict[str, Tensor] = self._head_norms(self._depth)
         for name, p in self._rests().items():
             if name in blocks or p.writes is None:
@@ -184,13 +183,15 @@ class LiGOOperator(GrowthOperator):
             into = None if p.reads is None else factors["v" if p.reads == "rows" else p.reads]
             grown = [self._grow(part, out, into) for part, out in parts]
             blocks[name] = torch.cat(grown, 1) if len(grown) > 1 else grown[0]
-        return blocks, self._outside(factors["embed"].t(), factors["embed"].t())
+        embed = self._whole(factors["embed"]).t()
+        return blocks, self._outside(embed, embed)
 
     def _grow(self, part: str, out: Tensor, into: Tensor | None) -> Tensor:
         """One tensor of all blocks [L2, ...]."""
         stack, w = self._held(part), self._depth(part)
         target = self.style == "repo"
         if into is None:
+            out = self._whole(out)
             if out.ndim == 2:
                 return w @ stack @ out.t()
             mixed = (w @ stack if target else stack)[..., None]
@@ -200,7 +201,8 @@ class LiGOOperator(GrowthOperator):
             layers = max(out, into, key=lambda f: f.ndim).shape[0]
             out, into = (f.expand(layers, *f.shape[-2:]) for f in (out, into))
         kron = ops.implementation("kron_grow", self.device)
-        grown: Tensor = kron(stack[None], into, out, w[None], factors="target" if target else "source")
+        whose = "target" if target else "source"
+        grown: Tensor = kron(stack[None], into, out, w[None], factors=whose, identity=target)
         return grown[0]
 
 

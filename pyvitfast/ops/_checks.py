@@ -91,6 +91,24 @@ def dtype_in(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dty
         )
 
 
+def float_tensors(op: str, named: Sequence[tuple[str, Any]]) -> None:
+    """Strided tensors of a float dtype on one device."""
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}.")
+        dense(op, name, tensor)
+        dtype_in(op, name, tensor, FLOATS)
+    same_device(op, named)
+
+
+def widest(tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
+    """The widest dtype among float tensors, and the one that sums of it are made in."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype, torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def slots(values: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
     """The tensors of ``values``, and for each place the index of its tensor or -1.
 

@@ -16,11 +16,7 @@ FACTORS = ("shared", "source", "target")
 
 
 def _check(tensors: tuple[Any, ...], factors: str, identity: bool) -> None:
-    for name, tensor in zip(NAMES, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(tensor).__name__}.")
-        _checks.dense(NAME, name, tensor)
-        _checks.dtype_in(NAME, name, tensor, _checks.FLOATS)
+    _checks.float_tensors(NAME, list(zip(NAMES, tensors, strict=True)))
     if factors not in FACTORS[1:]:
         raise ValueError(f"{NAME}: `factors` must be 'source' or 'target', got {factors!r}.")
     if not isinstance(identity, bool):
@@ -28,7 +24,6 @@ def _check(tensors: tuple[Any, ...], factors: str, identity: bool) -> None:
     weight, a, b, d = tensors
     if identity and a.ndim == 3 and factors == "source":
         raise ValueError(f"{NAME}: `identity` goes with shared factors or those of the target's layers.")
-    _checks.same_device(NAME, list(zip(NAMES, tensors, strict=True)))
     if weight.ndim != 4:
         raise ValueError(f"{NAME}: `weight` must have shape [T, L1, O1, I1], got {list(weight.shape)}.")
     types, layers, rows, cols = weight.shape
@@ -103,10 +98,7 @@ def kron_grow(
     op = _checks.call(NAME)
     given = (weight, a, b, d)
     _check(given, factors, identity)
-    dtype = weight.dtype
-    for tensor in given[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype, wide = _checks.widest(given)
     weight, a, b, d = (t.to(wide) for t in given)
     code = FACTORS.index(factors)
     if a.ndim == 2:

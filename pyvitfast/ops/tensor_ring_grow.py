@@ -17,15 +17,11 @@ NAMES = ("weight", "s_b", "s_o", "s_l", "s_i")
 
 
 def _check(tensors: tuple[Any, ...], columns: int) -> None:
+    _checks.float_tensors(NAME, list(zip(NAMES, tensors, strict=True)))
     for name, tensor in zip(NAMES, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(tensor).__name__}.")
-        _checks.dense(NAME, name, tensor)
-        _checks.dtype_in(NAME, name, tensor, _checks.FLOATS)
         if tensor.ndim != 4:
             raise ValueError(f"{NAME}: `{name}` must have 4 modes, got {list(tensor.shape)}.")
     weight, s_b, s_o, s_l, s_i = tensors
-    _checks.same_device(NAME, list(zip(NAMES, tensors, strict=True)))
     sides = (
         ("s_b", s_b, 1, "slots"),
         ("s_o", s_o, 2, "rows"),
@@ -128,10 +124,7 @@ def tensor_ring_grow(
     op = _checks.call(NAME)
     given = (weight, s_b, s_o, s_l, s_i)
     _check(given, columns)
-    dtype = weight.dtype
-    for core in given[1:]:
-        dtype = torch.promote_types(dtype, core.dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype, wide = _checks.widest(given)
     weight, s_b, s_o, s_l, s_i = (t.to(wide) for t in given)
     if _delays_layers(weight, s_b, s_o, s_l, s_i):
         grown = _by_layers_last(weight, s_b, s_o, s_l, s_i).to(dtype)

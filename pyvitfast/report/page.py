@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyvitfast.report.measure import Row
-
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem }
@@ -24,17 +22,7 @@ p.note { color: #64748b; font-size: .9rem }
 """
 
 
-def _table(rows: Sequence[Row], compares: bool) -> str:
-    heads = ["before", "after", "change"] if compares else ["model"]
-    lines = ["<tr><th></th>" + "".join(f'<th class="number">{h}</th>' for h in heads) + "</tr>"]
-    for row in rows:
-        values = [row.before, row.after, row.ratio] if compares else [row.after]
-        cells = "".join(f'<td class="number">{html.escape(v)}</td>' for v in values)
-        lines.append(f"<tr><td>{html.escape(row.label)}</td>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _rows(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"
@@ -53,8 +41,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 def page(
     title: str,
-    rows: Sequence[Row],
-    compares: bool,
+    rows: Sequence[Sequence[str]],
     note: str,
     images: Mapping[str, Path],
     settings: Mapping[str, Any],
@@ -66,8 +53,7 @@ def page(
 
     Args:
         title: heading.
-        rows: of the table.
-        compares: whether there is a model before.
+        rows: of the table, the first one the head.
         note: how the table was measured.
         images: PNG files by heading, embedded.
         settings: of the run.
@@ -75,7 +61,7 @@ def page(
         command: the command line.
         tables: more tables by heading, the first row the head.
     """
-    more = [f"<h2>{html.escape(heading)}</h2>{_rows(lines)}" for heading, lines in (tables or {}).items()]
+    more = [f"<h2>{html.escape(heading)}</h2>{_table(lines)}" for heading, lines in (tables or {}).items()]
     figures = []
     for heading, file in images.items():
         data = base64.b64encode(file.read_bytes()).decode()
@@ -84,7 +70,7 @@ def page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>"
-        f'{_table(rows, compares)}<p class="note">{html.escape(note)}</p>{"".join(more)}{"".join(figures)}'
+        f'{_table(rows)}<p class="note">{html.escape(note)}</p>{"".join(more)}{"".join(figures)}'
         f"<h2>Command</h2><pre>{html.escape(shlex.join(command))}</pre>"
         f"<h2>Settings</h2>{_pairs(settings)}<h2>Versions</h2>{_pairs(versions)}</body></html>\n"
     )

@@ -70,16 +70,16 @@ def write_report(
     rows = table(old, new)
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     note = f"Latency: median of alternating forward passes on {device}, {threads}."
-    _print(rows, old is not None, title, note, console)
+    lines = _lines(rows, old is not None)
+    _print(title, lines, console, note)
     saved = savings(events)
     if saved:
-        _print_rows(_SAVED, saved, console)
+        _print(_SAVED, saved, console, wraps=True)
     images = _figures(folder, old, new, events)
     start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
     text = page(
         title,
-        rows,
-        old is not None,
+        lines,
         note,
         images,
         settings,
@@ -139,22 +139,22 @@ def _figures(
     return images
 
 
-def _print(rows: Sequence[Row], compares: bool, title: str, note: str, console: Console) -> None:
+def _lines(rows: Sequence[Row], compares: bool) -> list[list[str]]:
+    """The main table as text, the first line the head."""
+    if not compares:
+        return [["", "model"], *([row.label, row.after] for row in rows)]
+    head = ["", "before", "after", "change"]
+    return [head, *([row.label, row.before, row.after, row.ratio] for row in rows)]
+
+
+def _print(
+    title: str, lines: Sequence[Sequence[str]], console: Console, note: str | None = None, wraps: bool = False
+) -> None:
     shown = Table(
         title=title, box=box.SIMPLE_HEAD, caption=note, title_justify="left", caption_justify="left"
     )
-    shown.add_column("")
-    for head in ("before", "after", "change") if compares else ("model",):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(row.label, *((row.before, row.after, row.ratio) if compares else (row.after,)))
-    console.print(shown)
-
-
-def _print_rows(title: str, rows: Sequence[Sequence[str]], console: Console) -> None:
-    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for place, head in enumerate(rows[0]):
-        shown.add_column(head, justify="right" if place else "left")
-    for row in rows[1:]:
-        shown.add_row(*row)
+    for place, head in enumerate(lines[0]):
+        shown.add_column(head, justify="right" if place else "left", no_wrap=bool(place) and not wraps)
+    for line in lines[1:]:
+        shown.add_row(*line)
     console.print(shown)

@@ -44,16 +44,18 @@ def grow(
         if stopped in (None, "train"):
             train_dense(job, "grows a trained model")
         small = load(job.folder.path / DENSE)
-        loop = _for_target(job, models.target_of(small, s))
+        target = models.target_of(small, s)
+        macs = summary(target).macs
+        loop = _for_target(job, target)
         begun = stopped == "finetune"
         if s.compare and stopped != "grow" and not (begun and job.arm != SCRATCH):
-            model = job.model if begun else models.target_of(small, s)
+            model = job.model if begun else target
             stage = Stage("finetune", s.lr, s.finetune_epochs, arm=SCRATCH)
             loop.run(stage, model, state=job.take_state() if begun else None)
             begun = False
         if not begun:
             job.take_state()  # of a stage that is over, or that is done anew
-            _grow(job, small)
+            _grow(job, small, macs)
         model = job.model if begun else load(job.folder.path / GROWN)
         accuracy = loop.run(
             Stage("finetune", s.lr, s.finetune_epochs, arm=arm), model, state=job.take_state()
@@ -84,10 +86,10 @@ class _Stream:
         self.epoch += 1
 
 
-def _grow(job: _Job, small: nn.Module) -> None:
+def _grow(job: _Job, small: nn.Module, macs: float) -> None:
     s, loop, device = job.settings, job.loop, job.accelerator.device
     images = s.batch_size * s.grad_accum_steps
-    costs = {"update": update_flops(summary(models.target_of(small, s)).macs, images)}
+    costs = {"update": update_flops(macs, images)}
 
     def fit(operator: growth.GrowthOperator) -> None:
         operator.to(device)
@@ -111,9 +113,8 @@ def _grow(job: _Job, small: nn.Module) -> None:
     job.accelerator.wait_for_everyone()
     grown = load(job.folder.path / GROWN)
     accuracy = evaluate(grown.to(device), job.data, s, job.accelerator)
-    updates = max(1, len(loop.batches) // s.grad_accum_steps)
     if job.origin != models.FILE:
-        costs["source"] = s.epochs * updates * update_flops(summary(small).macs, images)
+        costs["source"] = s.epochs * loop.updates_per_epoch * update_flops(summary(small).macs, images)
     job.folder.log("grown", method=s.method, flops=costs, **asdict(accuracy))
     job.reporter.say(f"grown by {s.method}: top-1 {accuracy.top1:.2f} %")
 

@@ -168,6 +168,11 @@ class Loop:
         else:
             self._loss = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates in an epoch, 1 at least."""
+        return max(1, len(self.batches) // self.settings.grad_accum_steps)
+
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         """The training loss of a batch."""
         found: Tensor = self._loss(output, labels)
@@ -206,7 +211,7 @@ class Loop:
         s = self.settings
         if not stage.epochs or s.sched == "none":
             return None
-        updates = max(1, len(self.batches) // s.grad_accum_steps)
+        updates = self.updates_per_epoch
         scheduler, _ = timm.scheduler.create_scheduler_v2(
             optimizer,
             sched=s.sched,

@@ -46,7 +46,7 @@ def quantize(
             stage = Stage("finetune", s.finetune_lr, s.finetune_epochs, arm="ste")
             loop.run(stage, straight, state=job.take_state())
             model = _prepared(job)
-        updates = max(1, len(loop.batches) // s.grad_accum_steps) * s.finetune_epochs
+        updates = loop.updates_per_epoch * s.finetune_epochs
 
         def measured(optimizer: Any, wrapped: nn.Module) -> FOGZO:
             return FOGZO(

@@ -159,6 +159,7 @@ def test_a_linear_loss_does_not_see_the_radius():
         model = one_layer(0.1 * weight, scale=0.1)
         loss = lambda model=model: (model(torch.eye(400))[:, 0] * slope).sum()  # noqa: E731
         found.append(estimate(model, loss, seed=5, one_minus_beta=0.3, eps_bar=eps_bar)[0])
+    # Seen: 0.045. Rounding of 400 weights shifts the slope, 4.1 here, by 0.22 (one deviation) at radius 20.
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=0.05, atol=0)
 
