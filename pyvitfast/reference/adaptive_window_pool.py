@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def bins(cells: int, count: int) -> list[tuple[int, int]]:
-    """Where each of ``count`` bins over ``cells`` cells starts and ends, as torch's adaptive pooling has it."""
+    """First cell and end of each of ``count`` bins over ``cells`` cells, by torch's rule."""
     return [(i * cells // count, -(-(i + 1) * cells // count)) for i in range(count)]
 
 

@@ -12,8 +12,8 @@ def few_query_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
-    k_after: Tensor | None = None,
-    v_after: Tensor | None = None,
+    k_before: Tensor | None = None,
+    v_before: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A few queries over many keys, with the log of the softmax's sum; see
@@ -21,8 +21,8 @@ def few_query_attention(
 
     Keys, values and scores are made whole, as the formula reads.
     """
-    if k_after is not None and v_after is not None:
-        k, v = torch.cat([k, k_after], dim=2), torch.cat([v, v_after], dim=2)
+    if k_before is not None and v_before is not None:
+        k, v = torch.cat([k_before, k], dim=2), torch.cat([v_before, v], dim=2)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * (q.to(wide) @ k.to(wide).transpose(-2, -1))  # [B, H, M, N]

@@ -32,7 +32,7 @@ def semantic_pool_attention(
     """
     if tokens_before is not None:
         tokens = torch.cat([tokens_before, tokens], dim=1)  # [B, K + N, C]
-    batch, rows, channels = tokens.shape
+    batch, _, channels = tokens.shape
     if norm_weight is not None:
         query = F.layer_norm(query, (channels,), norm_weight, norm_bias, eps)
         tokens = F.layer_norm(tokens, (channels,), norm_weight, norm_bias, eps)

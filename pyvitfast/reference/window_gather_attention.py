@@ -23,7 +23,7 @@ def window_gather_attention(
 
     A window at a time, as the formula reads.
     """
-    batch, down, across, count, heads, width = q.shape
+    batch, down, across, _, heads, width = q.shape
     height, breadth = (k.shape[1], k.shape[2]) if valid_hw is None else valid_hw
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = width**-0.5 if scale is None else scale
