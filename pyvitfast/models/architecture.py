@@ -13,12 +13,14 @@ from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.crossvit import CrossViT
 from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import plain_class, unwrap
+from pyvitfast.models.stvit import SemanticTokensMixin
+from pyvitfast.models.stvit_config import STViTConfig
 from pyvitfast.models.swin_config import SwinConfig
 from pyvitfast.models.swin_transformer import PrunedSwinTransformer, SwinDims
 from pyvitfast.models.vision_transformer import ViTDims
 
 PrunableConfig: TypeAlias = ViTConfig | SwinConfig
-Config: TypeAlias = PrunableConfig | CrossViTConfig
+Config: TypeAlias = PrunableConfig | CrossViTConfig | STViTConfig
 Dims: TypeAlias = ViTDims | SwinDims
 
 
@@ -34,6 +36,8 @@ def config_of(model: nn.Module) -> Config:
         return SwinConfig.from_model(model)
     if plain_class(model) in (CrossVit, CrossViT):
         return CrossViTConfig.from_model(model)
+    if isinstance(model, SemanticTokensMixin):
+        return STViTConfig.from_model(model)
     if not isinstance(model, VisionTransformer):
         raise TypeError(
             "architecture: `model` must be a timm VisionTransformer, VisionTransformerDistilled, "
@@ -56,5 +60,11 @@ def prunable_config_of(model: nn.Module) -> PrunableConfig:
             "prune: CrossViT is not pruned yet: its two residual streams meet in the projections between the "
             "branches, and no structure ties their channels. Supported are timm's VisionTransformer, "
             "VisionTransformerDistilled and SwinTransformer; 2:4 sparsity takes a CrossViT."
+        )
+    if isinstance(config, STViTConfig):
+        raise NotImplementedError(
+            "prune: a model with semantic tokens is not pruned: its scores would be summed over two kinds of "
+            "tokens, and centres and pooling tied to the stream. Prune first, then convert: tokens.to_stvit "
+            "takes what compact() returns."
         )
     return config

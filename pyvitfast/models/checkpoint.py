@@ -24,10 +24,16 @@ from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.quantized import describe_layers, rebuild_layers
+from pyvitfast.models.stvit_config import STViTConfig
 from pyvitfast.models.swin_config import SwinConfig
 
 FORMAT_VERSION = 1
-_KINDS: dict[type[Config], str] = {ViTConfig: "vit", SwinConfig: "swin", CrossViTConfig: "crossvit"}
+_KINDS: dict[type[Config], str] = {
+    ViTConfig: "vit",
+    SwinConfig: "swin",
+    CrossViTConfig: "crossvit",
+    STViTConfig: "stvit",
+}
 _KEY = "pyvitfast"
 _SUFFIX = ".safetensors"
 
@@ -80,7 +86,7 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     if architecture["kind"] == "quantized":
         return rebuild_layers(build(architecture["base"]), architecture["packed"], architecture["layers"])
     raise ValueError(
-        f"load: architecture kind must be 'vit', 'swin', 'crossvit', 'timm' or 'quantized', "
+        f"load: architecture kind must be one of {', '.join((*_KINDS.values(), 'timm', 'quantized'))}, "
         f"got {architecture['kind']!r}."
     )
 

@@ -112,8 +112,8 @@ class ViTConfig:
     norm_eps: float
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> ViTConfig:
-        """Read the architecture from a model.
+    def from_model(cls, model: nn.Module, added: int = 0) -> ViTConfig:
+        """Read the architecture from a model that has ``added`` parameters besides it.
 
         Raises:
             TypeError: the model is not a timm Vision Transformer.
@@ -192,7 +192,7 @@ class ViTConfig:
             norm_layer=layer_name(first.norm1),
             norm_eps=float(first.norm1.eps),
         )
-        held = sum(p.numel() for p in model.parameters())
+        held = sum(p.numel() for p in model.parameters()) - added
         if held != config.params():
             raise _refuse(
                 model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,29 +9,8 @@ from timm.models._features_fx import register_notrace_module
 from timm.models.crossvit import CrossAttention, CrossAttentionBlock, MultiScaleBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from pyvitfast import ops, reference
-
-# Tensors whose values a kernel can read as they are; tracers put the last two in place of the first two.
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is a ``kind`` that nobody wrapped, hooked or gave another forward."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _plain_linear(module: nn.Module) -> bool:
-    # Compressed and distributed weights sit in an ordinary Linear as a tensor of another class.
-    return _plain(module, nn.Linear) and type(module.weight) in _PLAIN_TENSORS
+from pyvitfast.models.modules import is_plain, is_plain_linear, kernel
 
 
 def runs_on_op(fusion: nn.Module) -> bool:
@@ -42,28 +20,21 @@ def runs_on_op(fusion: nn.Module) -> bool:
     that are no plain tensors, and while attention dropout is active. Hooks on all modules at once
     (``register_module_forward_hook``) are not looked at.
     """
-    if not _plain(fusion, CrossAttentionBlock):
+    if not is_plain(fusion, CrossAttentionBlock):
         return False
     attn: Any = fusion.attn
     norm: Any = fusion.norm1
     if not (
-        _plain(attn, CrossAttention) and _plain(norm, nn.LayerNorm) and _plain(attn.attn_drop, nn.Dropout)
+        is_plain(attn, CrossAttention)
+        and is_plain(norm, nn.LayerNorm)
+        and is_plain(attn.attn_drop, nn.Dropout)
     ):
         return False
     if norm.weight is None or len(norm.normalized_shape) != 1:
         return False
     if attn.attn_drop.training and attn.attn_drop.p > 0:
         return False
-    return all(_plain_linear(part) for part in (attn.wq, attn.wk, attn.wv, attn.proj))
-
-
-def _attention(device: str) -> Callable[..., Tensor]:
-    """The op or its reference; without the lookup by name of ``ops.implementation``, which has no trace."""
-    if ops.available("linear_cross_attention", device):
-        return ops.linear_cross_attention
-    if torch.compiler.is_compiling():
-        return reference.linear_cross_attention
-    return ops.implementation("linear_cross_attention", device)  # says once that it is the reference
+    return all(is_plain_linear(part) for part in (attn.wq, attn.wk, attn.wv, attn.proj))
 
 
 def _fuse(fusion: Any, query: Tensor, patches: Tensor) -> Tensor:
@@ -73,7 +44,7 @@ def _fuse(fusion: Any, query: Tensor, patches: Tensor) -> Tensor:
         # Under autocast the projected token is narrower than the residual stream; timm's cat widens it too.
         wide = torch.promote_types(query.dtype, patches.dtype)
         query, patches = query.to(wide), patches.to(wide)
-    y = _attention(query.device.type)(
+    y = kernel("linear_cross_attention", query.device)(
         query.squeeze(1),
         patches,
         attn.wq.weight,
@@ -98,7 +69,7 @@ def _exchange(fusion: Any, query: Tensor, patches: Tensor) -> Tensor:
     """A fusion of either key layout: ``query`` [B, 1, C] and ``patches`` [B, P, C] to [B, 1, C]."""
     if runs_on_op(fusion):
         return _fuse(fusion, query, patches)
-    if _plain(fusion, nn.Sequential) and len(fusion) and runs_on_op(fusion[0]):
+    if is_plain(fusion, nn.Sequential) and len(fusion) and runs_on_op(fusion[0]):
         query = _fuse(fusion[0], query, patches)
         for later in list(fusion)[1:]:  # each sees the one row that the module before it gives
             query = later(query)
@@ -148,7 +119,7 @@ class LinearMultiScaleBlock(MultiScaleBlock):  # type: ignore[misc]
             return False
         if torch.nn.modules.module._global_forward_hooks:
             return False
-        if not (_plain(block, nn.Sequential) and len(block) and _plain(block[-1], Block)):
+        if not (is_plain(block, nn.Sequential) and len(block) and is_plain(block[-1], Block)):
             return False  # an empty branch gives its caller's tensor, a hook may keep what it saw
         return torch.promote_types(branch.dtype, cls.dtype) == branch.dtype
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import timm.layers
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.fsdp import FSDPModule
 
+from pyvitfast import ops, reference
+
+# Tensors whose values a kernel can read as they are; tracers put the last two in place of the first two.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 _ROOMS = {"torch.nn": torch.nn, "timm.layers": timm.layers}
 
 
@@ -25,6 +34,40 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` as it was written: ``fully_shard`` puts a subclass in its place."""
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is a ``kind`` that nobody wrapped, hooked or gave another forward."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain ``Linear`` whose weight a kernel can read.
+
+    Compressed and distributed weights sit in an ordinary Linear as a tensor of another class.
+    """
+    return is_plain(module, nn.Linear) and type(module.weight) in _PLAIN_TENSORS
+
+
+def kernel(name: str, device: torch.device) -> Callable[..., Any]:
+    """Op ``name`` or its reference; without the lookup of ``ops.implementation``, which has no trace."""
+    if name not in ops.__all__:  # TEMP
+        import importlib
+
+        return getattr(importlib.import_module("pyvitfast.reference." + name), name)
+    if ops.available(name, device):
+        compiled: Callable[..., Any] = getattr(ops, name)
+        return compiled
+    if torch.compiler.is_compiling():
+        plain: Callable[..., Any] = getattr(reference, name)
+        return plain
+    return ops.implementation(name, device)  # says once that it is the reference
 
 
 def layer_name(layer: nn.Module) -> str:
