@@ -13,7 +13,7 @@ from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.quantized import quantized_layers
 from pyvitfast.models.stvit import SemanticTokensMixin, TokensConfig
-from pyvitfast.models.stvit_config import STViTConfig, with_semantic_tokens
+from pyvitfast.models.stvit_config import STViTConfig, vit_macs, with_semantic_tokens
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def to_stvit(
     known: Any = source
     if pretrained := getattr(known, "pretrained_cfg", None):
         fast.pretrained_cfg = fast.default_cfg = copy.deepcopy(dict(pretrained))  # type: ignore[assignment]
-    fast._tokens_source = (vit.params(), vit.macs())  # type: ignore[assignment]
+    fast._tokens_source = (vit.params(), vit_macs(vit))  # type: ignore[assignment]
     return fast.train(model.training)
 
 
