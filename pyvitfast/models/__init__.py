@@ -11,6 +11,11 @@ from pyvitfast.models.crossvit_variants import crossvit_filter_fn
 from pyvitfast.models.export import ExportReport, export
 from pyvitfast.models.micro import vit_micro_patch2_8
 from pyvitfast.models.revit import revit_dims
+from pyvitfast.models.stvit import STViT, TokensConfig
+from pyvitfast.models.stvit_config import STViTConfig
+from pyvitfast.models.stvit_swin import STViTSwin, WindowTokensConfig
+from pyvitfast.models.stvit_swin_config import STViTSwinConfig
+from pyvitfast.models.stvit_variants import create
 from pyvitfast.models.summary import ModelSummary, summary
 from pyvitfast.models.swin_config import SwinConfig
 from pyvitfast.models.swin_transformer import PrunedSwinTransformer, PrunedWindowAttention, SwinDims
@@ -38,11 +43,18 @@ __all__ = [
     "PrunedVisionTransformer",
     "PrunedVisionTransformerDistilled",
     "PrunedWindowAttention",
+    "STViT",
+    "STViTConfig",
+    "STViTSwin",
+    "STViTSwinConfig",
     "SwinConfig",
     "SwinDims",
+    "TokensConfig",
     "ViTConfig",
     "ViTDims",
+    "WindowTokensConfig",
     "accelerate",
+    "create",
     "crossvit_filter_fn",
     "export",
     "full_params",

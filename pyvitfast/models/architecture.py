@@ -15,12 +15,14 @@ from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import plain_class, unwrap
 from pyvitfast.models.stvit import SemanticTokensMixin
 from pyvitfast.models.stvit_config import STViTConfig
+from pyvitfast.models.stvit_swin import STViTSwin
+from pyvitfast.models.stvit_swin_config import STViTSwinConfig
 from pyvitfast.models.swin_config import SwinConfig
 from pyvitfast.models.swin_transformer import PrunedSwinTransformer, SwinDims
 from pyvitfast.models.vision_transformer import ViTDims
 
 PrunableConfig: TypeAlias = ViTConfig | SwinConfig
-Config: TypeAlias = PrunableConfig | CrossViTConfig | STViTConfig
+Config: TypeAlias = PrunableConfig | CrossViTConfig | STViTConfig | STViTSwinConfig
 Dims: TypeAlias = ViTDims | SwinDims
 
 
@@ -36,6 +38,8 @@ def config_of(model: nn.Module) -> Config:
         return SwinConfig.from_model(model)
     if plain_class(model) in (CrossVit, CrossViT):
         return CrossViTConfig.from_model(model)
+    if isinstance(model, STViTSwin):
+        return STViTSwinConfig.from_model(model)
     if isinstance(model, SemanticTokensMixin):
         return STViTConfig.from_model(model)
     if not isinstance(model, VisionTransformer):
@@ -61,7 +65,7 @@ def prunable_config_of(model: nn.Module) -> PrunableConfig:
             "branches, and no structure ties their channels. Supported are timm's VisionTransformer, "
             "VisionTransformerDistilled and SwinTransformer; 2:4 sparsity takes a CrossViT."
         )
-    if isinstance(config, STViTConfig):
+    if isinstance(config, STViTConfig | STViTSwinConfig):
         raise NotImplementedError(
             "prune: a model with semantic tokens is not pruned: its scores would be summed over two kinds of "
             "tokens, and centres and pooling tied to the stream. Prune first, then convert: tokens.to_stvit "

@@ -25,6 +25,7 @@ from pyvitfast.models.crossvit_config import CrossViTConfig
 from pyvitfast.models.modules import unwrap
 from pyvitfast.models.quantized import describe_layers, rebuild_layers
 from pyvitfast.models.stvit_config import STViTConfig
+from pyvitfast.models.stvit_swin_config import STViTSwinConfig
 from pyvitfast.models.swin_config import SwinConfig
 
 FORMAT_VERSION = 1
@@ -33,6 +34,7 @@ _KINDS: dict[type[Config], str] = {
     SwinConfig: "swin",
     CrossViTConfig: "crossvit",
     STViTConfig: "stvit",
+    STViTSwinConfig: "stvit_swin",
 }
 _KEY = "pyvitfast"
 _SUFFIX = ".safetensors"

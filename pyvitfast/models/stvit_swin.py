@@ -461,7 +461,7 @@ class STViTSwin(SwinTransformer):  # type: ignore[misc]
     Args:
         config: semantic tokens.
         stem: ``conv`` for two convolutions, ``patch`` for timm's patch embedding.
-        **kwargs: arguments of timm's class; ``strict_img_size`` is False by default, so any image size goes.
+        **kwargs: arguments of timm's class; images of any size go.
 
     Raises:
         ValueError: stages or blocks that do not fit the settings.
@@ -470,10 +470,8 @@ class STViTSwin(SwinTransformer):  # type: ignore[misc]
     def __init__(self, config: WindowTokensConfig, stem: str = "conv", **kwargs: Any) -> None:
         depths = tuple(kwargs.get("depths", (2, 2, 6, 2)))
         check_depths(config, stem, depths)
-        if stem == "conv":
-            kwargs["embed_layer"] = ConvEmbed
-        kwargs.setdefault("strict_img_size", False)
-        super().__init__(**kwargs)
+        layers = {"embed_layer": ConvEmbed} if stem == "conv" else {}
+        super().__init__(**layers, strict_img_size=False, **kwargs)
         rates = [[getattr(b.drop_path2, "drop_prob", 0.0) for b in stage.blocks] for stage in self.layers]
         semantic = SemanticStage(self.layers[STAGE], config, rates[STAGE])
         self.layers[STAGE] = semantic
@@ -481,8 +479,7 @@ class STViTSwin(SwinTransformer):  # type: ignore[misc]
             self.layers[STAGE + 1] = TokenStage(self.layers[STAGE + 1], semantic, rates[STAGE + 1])
             # Tokens are not merged again.
             self.feature_info[STAGE + 1]["reduction"] = self.feature_info[STAGE]["reduction"]
-        self.semantic = config
-        self.stem = stem
+        self.semantic, self.stem, self.arguments = config, stem, dict(kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
