@@ -498,22 +498,16 @@ class SemanticTokensMixin:
         """Take the source model's weights as they are: what fits no parameter here is left out."""
         model: Any = self
         if model.num_prefix_tokens == 0:
-            for name in ("cls_token", "reg_token", "dist_token"):
-                state_dict.pop(prefix + name, None)
+            dropped = [state_dict.pop(prefix + name, None) for name in ("cls_token", "reg_token")]
             name = prefix + "pos_embed"
             if model.pos_embed is not None and name in state_dict:
                 surplus = state_dict[name].shape[1] - model.pos_embed.shape[1]
-                if 0 < surplus <= 2 + _registers(state_dict, prefix):
+                if 0 < surplus == sum(token.shape[1] for token in dropped if token is not None):
                     state_dict[name] = state_dict[name][:, surplus:]
         for name, own in self.stgm.named_parameters():
             # A plain ViT has none of these; our first values stay.
             state_dict.setdefault(f"{prefix}stgm.{name}", own.detach())
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
-
-
-def _registers(state_dict: dict[str, Any], prefix: str) -> int:
-    token = state_dict.get(prefix + "reg_token")
-    return 0 if token is None else token.shape[1]
 
 
 class STViT(SemanticTokensMixin, VisionTransformer):  # type: ignore[misc]
