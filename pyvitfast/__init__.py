@@ -13,7 +13,7 @@ _PUBLIC = {
     "load": "pyvitfast.models.checkpoint",
     "summary": "pyvitfast.models.summary",
 }
-_SUBPACKAGES = ("grow", "models", "ops", "prune", "quantize", "reference", "report", "train")
+_SUBPACKAGES = ("grow", "models", "ops", "prune", "quantize", "reference", "report", "tokens", "train")
 
 __all__ = [
     "__version__",
@@ -27,6 +27,7 @@ __all__ = [
     "report",
     "save",
     "summary",
+    "tokens",
     "train",
 ]
 

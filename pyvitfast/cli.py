@@ -78,6 +78,14 @@ Estimator = Annotated[str | None, typer.Option(help="Gradients: fogzo, ste, spsa
 Directions = Annotated[int | None, typer.Option(help="Measured at each step, two forward passes each.")]
 Omega = Annotated[float | None, typer.Option(help="Energy of the noise in a direction.")]
 StartFrac = Annotated[float | None, typer.Option(help="Part of the steps taken straight-through first.")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(metavar="N|HxW", help="Semantic tokens instead of 2:4 weights: side, or rows x columns."),
+]
+TokensBase = Annotated[int | None, typer.Option(help="Blocks before them.  [default: a third]")]
+TokensPool = Annotated[
+    str | None, typer.Option(help="Where they start: learned, avg, max, overlap or multiscale.")
+]
 Compare = Annotated[
     bool | None,
     typer.Option("--compare/--no-compare", help="Finetune straight-through beside it, for the report."),
@@ -195,6 +203,7 @@ def _report(outcome: Any) -> None:
         outcome.device,
         console,
         sorted(batches),
+        outcome.samples,
     )
     console.print(f"Model: {folder / MODEL}\nReport: {page}", highlight=False, soft_wrap=True)
 
@@ -292,6 +301,9 @@ def sparsify(
     model: Model = None,
     data: DataSpec = None,
     out: Out = None,
+    tokens: Tokens = None,
+    tokens_base: TokensBase = None,
+    tokens_pool: TokensPool = None,
     epochs: Epochs = None,
     finetune_epochs: FinetuneEpochs = None,
     finetune_lr: FinetuneLr = None,
@@ -316,7 +328,9 @@ def sparsify(
     assign: Assign = None,
     debug: Debug = False,
 ) -> None:
-    """Keep the 2 largest of every 4 weights of the linear layers, then finetune with the zeros kept.
+    """Keep the 2 largest of every 4 weights, or with --tokens a few semantic tokens; then finetune.
+
+    2:4 weights keep their zeros. With --tokens the later blocks see that grid of tokens only (STViT).
 
     A model from a file is made sparse at once; a timm name is trained first.
     """

@@ -374,8 +374,10 @@ class SemanticTokensMixin:
 
     stgm: TokenGeneration
 
-    def _generate(self, block: Any, index: int, tokens: Tensor, image: Tensor) -> Tensor:
-        """Layer ``index`` of the module: ``tokens`` [B, P + M, C], all of ``image`` [B, P + N, C]."""
+    def _reads(
+        self, index: int, tokens: Tensor, image: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Queries, keys, keys before these and shortcut of layer ``index`` of the module."""
         config = self.stgm.config
         model: Any = self
         carried = model.num_prefix_tokens if config.prefix == "carry" else 0
@@ -393,6 +395,11 @@ class SemanticTokensMixin:
             centres = self.stgm.G.to(tokens.dtype)
             queries = tokens + (F.pad(centres, (0, 0, carried, 0)) if carried else centres)
             shortcut = queries if config.residual_includes_g else tokens
+        return queries, keys, before, shortcut
+
+    def _generate(self, block: Any, index: int, tokens: Tensor, image: Tensor) -> Tensor:
+        """Layer ``index`` of the module: ``tokens`` [B, P + M, C], all of ``image`` [B, P + N, C]."""
+        queries, keys, before, shortcut = self._reads(index, tokens, image)
         x = shortcut + block.drop_path1(block.ls1(cross_attention(block, queries, keys, before)))
         out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return out
@@ -432,6 +439,53 @@ class SemanticTokensMixin:
             generating = config.base <= i < config.base + config.layers
             tokens = self._layer(i, tokens, image if generating else None)
             yield tokens, grid if i < config.base else semantic
+
+    @torch.no_grad()
+    def token_attention(self, x: Tensor) -> Tensor:
+        """How much of each patch each semantic token takes in, in the module's last layer.
+
+        Args:
+            x: images [B, 3, H, W].
+
+        Returns:
+            [B, M, H / patch, W / patch] in float32: the weights of the softmax, a mean over heads. What is
+            missing to a sum of 1 goes to class and semantic tokens.
+
+        Raises:
+            ValueError: the module has image tokens as keys in no such layer.
+        """
+        model: Any = self
+        config = self.stgm.config
+        if config.layers > 1 and not config.concat_keys:
+            raise ValueError("STViT: without `concat_keys` the module's last layer reads no image tokens.")
+        last = config.base + config.layers - 1
+        states: list[Tensor] = []
+        for i, (tokens, _) in enumerate(self._states(x)):
+            states.append(tokens)
+            if i == last - 1 or last == 0:
+                break
+        prefix = model.num_prefix_tokens
+        carried = prefix if config.prefix == "carry" else 0
+        grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
+        image = states[config.base - 1] if config.base else None
+        if image is None:
+            image = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        tokens = states[last - 1] if config.layers > 1 else None
+        if tokens is None:
+            tokens = self.stgm.pool(image[:, prefix:].unflatten(1, grid))
+            if carried:
+                tokens = torch.cat([image[:, :prefix], tokens], dim=1)
+        queries, keys, before, _ = self._reads(config.layers - 1, tokens, image)
+        block = model.blocks[last]
+        attn, count = block.attn, queries.shape[1]
+        rows = torch.cat([t for t in (queries, before, keys) if t is not None], dim=1)
+        q, k, _ = (
+            part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+            for part in attn.qkv(block.norm1(rows)).split(_thirds(attn), dim=-1)
+        )
+        scores = float(attn.scale) * q[:, :, carried:count].float() @ k[:, :, count:].float().transpose(2, 3)
+        weights: Tensor = scores.softmax(-1).mean(1)[:, :, -grid[0] * grid[1] :].unflatten(2, grid)
+        return weights
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, 3, H, W] to semantic tokens [B, M, C], normalised as in timm."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from torch import Tensor, amax, amin
 
 from pyvitfast.models.summary import ModelSummary
 from pyvitfast.report.measure import Facts
@@ -197,3 +198,38 @@ def growth(path: Path, events: Sequence[Event]) -> None:
             axes.set_xlabel("operations of target and operator, millions of millions")
         handles, names = top_axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+
+
+def semantic_tokens(path: Path, model: Any, samples: Tensor) -> None:
+    """Images; the token that takes in most of each patch; and what the most spread of them take in.
+
+    Args:
+        path: PNG file.
+        model: with ``token_attention``, on the CPU.
+        samples: images [B, C, H, W] as the model takes them.
+    """
+    maps = model.token_attention(samples.to(next(model.parameters()).dtype))  # [B, M, h, w]
+    shares = maps / maps.flatten(2).sum(-1)[..., None, None].clamp(min=1e-12)
+    shown = min(6, maps.shape[1])
+    low, high = (f(samples.float().flatten(1), dim=1)[:, None, None, None] for f in (amin, amax))
+    pictures = ((samples.float() - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1)
+    extent = (0, samples.shape[3], samples.shape[2], 0)
+    with _figure(path, 1.5 * (shown + 2), 1.6 * len(samples) + 0.4) as figure:
+        rows = figure.subplots(len(samples), shown + 2, squeeze=False)
+        for row, picture, image_maps, owners in zip(rows, pictures, shares, maps.argmax(1), strict=True):
+            owned = [int((owners == token).sum()) for token in range(len(image_maps))]
+            tokens = sorted(range(len(image_maps)), key=lambda t: -owned[t])[:shown]
+            grey = picture.mean(-1)
+            row[0].imshow(picture if picture.shape[-1] == 3 else grey, cmap="gray")
+            row[1].imshow(grey, cmap="gray", extent=extent)
+            row[1].imshow(
+                owners, cmap="tab20", alpha=0.6, extent=extent, vmin=0, vmax=max(19, len(image_maps))
+            )
+            for axes, token in zip(row[2:], tokens, strict=True):
+                axes.imshow(grey, cmap="gray", extent=extent)
+                axes.imshow(image_maps[token], cmap="magma", alpha=0.65, extent=extent, vmin=0)
+                axes.set_title(f"token {token}", fontsize=8)
+            for axes in row:
+                axes.set_axis_off()
+        rows[0][0].set_title("image", fontsize=8)
+        rows[0][1].set_title("largest weight", fontsize=8)

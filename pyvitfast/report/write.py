@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from pyvitfast.report import plots
 from pyvitfast.report.measure import BATCHES, Facts, Row, measure, table
@@ -40,6 +40,7 @@ def write_report(
     device: str,
     console: Console,
     batches: Sequence[int] = BATCHES,
+    samples: Tensor | None = None,
 ) -> Path:
     """Measure, print the table, write ``report.html`` and the PNG files.
 
@@ -53,6 +54,7 @@ def write_report(
         device: where latency is measured.
         console: where the table is printed.
         batches: batch sizes whose latency is measured.
+        samples: test images [B, C, H, W] over which semantic tokens are drawn.
 
     Returns:
         Path of the page.
@@ -76,6 +78,9 @@ def write_report(
     if saved:
         _print(_SAVED, saved, console, wraps=True)
     images = _figures(folder, old, new, events)
+    if samples is not None and hasattr(after.model, "token_attention"):
+        images["What the semantic tokens attend to"] = folder / "report-tokens.png"
+        plots.semantic_tokens(images["What the semantic tokens attend to"], after.model, samples)
     start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
     text = page(
         title,

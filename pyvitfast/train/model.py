@@ -16,6 +16,7 @@ from pyvitfast import grow as growth
 from pyvitfast.models.checkpoint import describe, load
 from pyvitfast.prune.sparsity import sparse_layers
 from pyvitfast.quantize import prepare
+from pyvitfast.tokens import to_stvit
 from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
@@ -132,6 +133,24 @@ def check_sparsity(model: nn.Module, name: str) -> None:
         sparse_layers(model)
     except ValueError as error:
         raise UserError(f"--model {name} cannot be made sparse: {error}") from error
+
+
+def with_tokens(model: nn.Module, settings: Settings) -> nn.Module:
+    """``model`` with the semantic tokens of ``settings``.
+
+    Raises:
+        UserError: it cannot have them.
+    """
+    try:
+        return to_stvit(
+            model,
+            settings.token_grid(),
+            base=settings.tokens_base,
+            pool=settings.tokens_pool,
+            seed=settings.seed,
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--model {settings.model} cannot have semantic tokens: {error}") from error
 
 
 def check_quantization(model: nn.Module, settings: Settings) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from pyvitfast._version import __version__
 from pyvitfast.models.checkpoint import load, write_atomically
@@ -48,6 +48,7 @@ class Outcome:
         dense_accuracy: its test accuracy.
         events: everything in ``metrics.jsonl``.
         device: where the run was.
+        samples: a few test images as the model takes them, [4, C, H, W].
         main: whether this is the main process, the one that reports.
     """
 
@@ -60,6 +61,7 @@ class Outcome:
     dense_accuracy: Accuracy | None
     events: list[dict[str, Any]]
     device: str
+    samples: Tensor
     main: bool
 
 
@@ -162,7 +164,10 @@ def _job(
                 if verb == "prune":
                     make_pruner(model, settings)  # what it cannot take is told before hours of training
                 elif verb == "sparsify":
-                    models.check_sparsity(model, settings.model)
+                    if settings.tokens is None:
+                        models.check_sparsity(model, settings.model)
+                    else:
+                        models.with_tokens(model, settings)
                 elif verb == "quantize":
                     models.check_quantization(model, settings)
                 elif verb == "grow":
@@ -205,6 +210,7 @@ def _outcome(job: _Job, model: nn.Module, accuracy: Accuracy, dense: nn.Module |
         dense_accuracy=Accuracy(**before) if before else None,
         events=job.folder.events() if main else [],
         device=str(job.accelerator.device),
+        samples=torch.stack([job.data.test[i, None][0] for i in range(min(4, len(job.data.test)))]),
         main=main,
     )
 

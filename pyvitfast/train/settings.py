@@ -14,6 +14,7 @@ import timm.optim
 import yaml
 
 from pyvitfast.grow import METHODS as GROWTH
+from pyvitfast.models.stvit import POOLS
 from pyvitfast.quantize import ESTIMATORS, QuantConfig
 from pyvitfast.train.errors import UserError, nearest
 
@@ -116,6 +117,10 @@ class Settings:
         compare: of ``quantize``: finetune with ``ste`` beside it, from the same weights and with the same
             batches; of ``grow``: train the target from scratch beside it. For the report.
         start_frac: part of these steps taken with plain straight-through gradients first.
+        tokens: of ``sparsify``: grid of semantic tokens that replace the image tokens, ``4`` or ``4x6``; None
+            makes the weights 2:4 sparse instead.
+        tokens_base: blocks before them; None takes a third.
+        tokens_pool: where they start: ``learned``, ``avg``, ``max``, ``overlap`` or ``multiscale``.
         grow_to: timm name or file of the target of ``grow``.
         method: of growth: ``mango``, ``ligo`` or a fixed rule.
         rank: of Mango's bonds.
@@ -190,6 +195,9 @@ class Settings:
     omega: float = 1.0
     start_frac: float = 0.7
     compare: bool = False
+    tokens: str | None = None
+    tokens_base: int | None = None
+    tokens_pool: str = "learned"
     grow_to: str = ""
     method: str = "mango"
     rank: int = 1
@@ -232,6 +240,9 @@ class Settings:
         positive = self.operator_lr is None or self.operator_lr > 0
         self._need("operator_lr", "a positive number", positive)
         self._need("grow_noise", "at least 0", self.grow_noise is None or self.grow_noise >= 0)
+        self._need("tokens", "a number such as 4, or rows and columns such as 4x6", self._grid_is_good())
+        self._need("tokens_base", "at least 0", self.tokens_base is None or self.tokens_base >= 0)
+        self._one_of("tokens_pool", POOLS)
         self._one_of("estimator", ESTIMATORS)
         self._need("directions", "at least 1", self.directions >= 1)
         self._need("omega", "at least 0", self.omega >= 0)
@@ -252,6 +263,15 @@ class Settings:
             rule = f"whole numbers of at least 1 for {', '.join(GROUP_KINDS)}"
             good = kind in GROUP_KINDS and isinstance(size, int) and size >= 1
             self._need("group_sizes", rule, good)
+
+    def _grid_is_good(self) -> bool:
+        sides = (self.tokens or "1").split("x")
+        return len(sides) <= 2 and all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides)
+
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of semantic tokens."""
+        sides = [int(side) for side in (self.tokens or "").split("x")]
+        return sides[0], sides[-1]
 
     def quantization(self) -> QuantConfig:
         """What to quantise and how.
@@ -307,6 +327,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             value = float(value)
     # NaN compares false with everything and would slip through some of the range checks.
     finite = not isinstance(value, float) or abs(value) < float("inf")
+    if plain is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # YAML reads 4 as a number
     if isinstance(value, plain) and finite and (plain is bool or not isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
