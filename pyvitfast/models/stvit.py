@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, trunc_normal_
 from timm.models._manipulate import checkpoint
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from pyvitfast.models.modules import is_plain, is_plain_linear, kernel
 from pyvitfast.models.vision_transformer import (
     PrunedVisionTransformer,
     PrunedVisionTransformerDistilled,
-    VisionTransformerDistilled,
     two_width_attention,
 )
 
@@ -181,8 +181,8 @@ class _Scorer(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
         self.score = nn.Conv2d(dim, scores, 1)
         # Equal scores at first: the pool starts as an average.
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+        for parameter in self.score.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer_norm(self.depthwise(x).permute(0, 2, 3, 1))
@@ -242,14 +242,13 @@ class LearnedPool(nn.Module):
         rows, row_there = self._index(x.shape[1], 0, x.device)
         columns, column_there = self._index(x.shape[2], 1, x.device)
         if self.scope == "grid":
-            scores = self.intra(x.permute(0, 3, 1, 2))[:, 0]  # [B, H, W]
-            scores = scores[:, rows[:, None, :, None], columns[None, :, None, :]]
-            return scores.flatten(1, 2)
+            scores: Tensor = self.intra(x.permute(0, 3, 1, 2))[:, 0]  # [B, H, W]
+            return scores[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(1, 2)
         there = (row_there[:, None, :, None] & column_there[None, :, None, :]).flatten(0, 1)  # [M, KH, KW]
         windows = x[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(1, 2)  # [B, M, KH, KW, C]
         windows = windows * there.unsqueeze(-1)
-        scores = self.intra(windows.flatten(0, 1).permute(0, 3, 1, 2))
-        return scores.view(x.shape[0], -1, *self.cells)
+        found: Tensor = self.intra(windows.flatten(0, 1).permute(0, 3, 1, 2))
+        return found.view(x.shape[0], -1, *self.cells)
 
     def _index(self, cells: int, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cells of each bin [m, k], the last one repeated where a bin is narrower, and which are its own."""
@@ -297,9 +296,9 @@ class TokenGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.pool = make_pool(config, dim, grid)
-        self.G = nn.Parameter(torch.empty(1, config.count, dim)) if config.global_centers else None
-        if self.G is not None:
-            trunc_normal_(self.G, std=0.02)
+        self.G: nn.Parameter | None = None
+        if config.global_centers:
+            self.G = nn.Parameter(trunc_normal_(torch.empty(1, config.count, dim), std=0.02))
 
 
 def _runs_on_op(block: Any) -> bool:
@@ -419,24 +418,31 @@ class SemanticTokensMixin:
         out: Tensor = run(*inputs)
         return out
 
-    def _states(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
-        """Tokens after each block, with prefix, and their grid; None where they have none."""
+    def _states(
+        self, x: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None
+    ) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
+        """Tokens after each block, with prefix, and their grid; None where they have none.
+
+        ``watch`` is called with the tokens and the image tokens before each layer of the module.
+        """
         model: Any = self
         config = self.stgm.config
         x = model.patch_embed(x)
         grid = (x.shape[1], x.shape[2]) if model.dynamic_img_size else tuple(model.patch_embed.grid_size)
         x = model.norm_pre(model._pos_embed(x))
         prefix = model.num_prefix_tokens
-        tokens, image = x, None
+        tokens = image = x
         semantic = None if config.pool == "multiscale" else config.tokens
         for i in range(len(model.blocks)):
             if i == config.base:
                 image = tokens
-                patches = image[:, prefix:].unflatten(1, grid)
+                patches = torch.unflatten(image[:, prefix:], 1, grid)
                 tokens = self.stgm.pool(patches)
                 if config.prefix == "carry" and prefix:
                     tokens = torch.cat([image[:, :prefix], tokens], dim=1)
             generating = config.base <= i < config.base + config.layers
+            if generating and watch is not None:
+                watch(tokens, image)
             tokens = self._layer(i, tokens, image if generating else None)
             yield tokens, grid if i < config.base else semantic
 
@@ -459,22 +465,13 @@ class SemanticTokensMixin:
         if config.layers > 1 and not config.concat_keys:
             raise ValueError("STViT: without `concat_keys` the module's last layer reads no image tokens.")
         last = config.base + config.layers - 1
-        states: list[Tensor] = []
-        for i, (tokens, _) in enumerate(self._states(x)):
-            states.append(tokens)
-            if i == last - 1 or last == 0:
+        seen: list[tuple[Tensor, Tensor]] = []
+        for i, _ in enumerate(self._states(x, lambda *given: seen.append(given))):
+            if i == last:
                 break
-        prefix = model.num_prefix_tokens
-        carried = prefix if config.prefix == "carry" else 0
+        tokens, image = seen[-1]
+        carried = model.num_prefix_tokens if config.prefix == "carry" else 0
         grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
-        image = states[config.base - 1] if config.base else None
-        if image is None:
-            image = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        tokens = states[last - 1] if config.layers > 1 else None
-        if tokens is None:
-            tokens = self.stgm.pool(image[:, prefix:].unflatten(1, grid))
-            if carried:
-                tokens = torch.cat([image[:, :prefix], tokens], dim=1)
         queries, keys, before, _ = self._reads(config.layers - 1, tokens, image)
         block = model.blocks[last]
         attn, count = block.attn, queries.shape[1]

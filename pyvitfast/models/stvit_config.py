@@ -84,10 +84,11 @@ class STViTConfig:
         model = unwrap(model)
         if not isinstance(model, SemanticTokensMixin):
             raise TypeError(f"STViTConfig.from_model: `model` must be an STViT, got {type(model).__name__}.")
+        vit: Any = model
         semantic = model.stgm.config
         added = sum(p.numel() for p in model.stgm.parameters())
         if semantic.layer_scale is not None:
-            added += _layer_scales(semantic, len(model.blocks), model.embed_dim)  # type: ignore[attr-defined]
+            added += _layer_scales(semantic, len(vit.blocks), vit.embed_dim)
         return cls(ViTConfig.from_model(model, added=added), semantic)
 
     def build(self) -> nn.Module:

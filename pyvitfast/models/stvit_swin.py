@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,13 +161,13 @@ class SemanticBlock(Block):  # type: ignore[misc]
 
         def keys_values(x: Tensor) -> tuple[Tensor, Tensor]:
             both = F.linear(x, weight[channels:], None if bias is None else bias[channels:])
-            k, v = both.unflatten(-1, (2, heads, width)).unbind(-3)
+            k, v = torch.unflatten(both, -1, (2, heads, width)).unbind(-3)
             return k, v
 
         k, v = keys_values(self.norm1(grid))
         k_before, v_before = keys_values(normed) if own else (None, None)
         mixed = kernel("window_gather_attention", grid.device)(
-            q.unflatten(-1, (heads, width)),
+            torch.unflatten(q, -1, (heads, width)),
             k,
             v,
             reach.window,
@@ -203,10 +204,9 @@ def pool_windows(x: Tensor, window: tuple[int, int], tokens: tuple[int, int], mo
     for top, bottom, height in rows:
         band = []
         for left, right, breadth in columns:
-            part = x[:, top:bottom, left:right].unflatten(1, (-1, height)).unflatten(3, (-1, breadth))
-            down, across = part.shape[1], part.shape[3]
-            cells = part.transpose(2, 3).flatten(0, 2)  # [B Wh Ww, h, w, C]
-            band.append(pool(cells, tokens, mode).unflatten(0, (-1, down, across)))
+            part = to_windows(x[:, top:bottom, left:right], (height, breadth))  # [B, Wh, Ww, h w, C]
+            cells = torch.unflatten(part.flatten(0, 2), 1, (height, breadth))
+            band.append(torch.unflatten(pool(cells, tokens, mode), 0, part.shape[:3]))
         bands.append(torch.cat(band, dim=2) if len(band) > 1 else band[0])
     return torch.cat(bands, dim=1) if len(bands) > 1 else bands[0]
 
@@ -223,13 +223,13 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     down, across = (-n % w for n, w in zip(x.shape[1:3], window, strict=True))
     if down or across:
         x = F.pad(x, (0, 0, 0, across, 0, down))
-    x = x.unflatten(1, (-1, window[0])).unflatten(3, (-1, window[1]))
+    x = torch.unflatten(torch.unflatten(x, 1, (-1, window[0])), 3, (-1, window[1]))
     return x.transpose(2, 3).flatten(3, 4)
 
 
 def from_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """[B, Wh, Ww, h w, C] to [B, Wh h, Ww w, C]."""
-    return x.unflatten(3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return torch.unflatten(x, 3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class SemanticStage(nn.Module):
@@ -282,7 +282,8 @@ class SemanticStage(nn.Module):
         self.input_resolution = feat_size
         merges = not isinstance(self.downsample, nn.Identity)
         self.output_resolution = tuple((n + 1) // 2 for n in feat_size) if merges else feat_size
-        for i, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
             if self.is_plain(i):
                 block.set_input_size(self.output_resolution, window_size, always_partition)
                 self.window = tuple(block.window_size)
@@ -316,7 +317,9 @@ class SemanticStage(nn.Module):
             tokens = first.gather(tokens, x, self._ten(x.shape[1:3]), own=True, shortcut=shortcut)
             queries = self._centres(tokens) if centred_on_g else tokens
             flat = tokens.flatten(1, 3)
-            found = second.everywhere(queries.flatten(1, 3), x.flatten(1, 2), before=flat, shortcut=flat)
+            found: Tensor = second.everywhere(
+                queries.flatten(1, 3), x.flatten(1, 2), before=flat, shortcut=flat
+            )
             return found.view_as(tokens)
         doubled, tripled = (tuple(k * w for w in self.window) for k in (2, 3))
         tokens = first.gather(tokens, x, centred(doubled, self.window), shortcut=shortcut)
@@ -334,22 +337,6 @@ class SemanticStage(nn.Module):
         window, stride, offset = zip(*inward, strict=True)
         return Reach(window, stride, offset)
 
-    def mix(self, block: Any, tokens: Tensor, local: bool) -> Tensor:
-        """A block on the tokens [B, Wh, Ww, M, C] alone: within windows, or across them."""
-        size = self.config.tokens
-        if local:
-            flat = tokens.flatten(0, 2)
-        elif self.config.recover or self.is_global([n * w for n, w in zip(tokens.shape[1:3], self.window)]):
-            flat = tokens.flatten(1, 3)
-        else:
-            grid = from_windows(tokens, size)
-            around: Tensor = block.gather(
-                tokens, grid, centred((4 * size[0], 4 * size[1]), size), shortcut=tokens
-            )
-            return around
-        mixed: Tensor = block(flat).view_as(tokens)
-        return mixed
-
     def recover(self, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
         """Image tokens ``x`` [B, H, W, C] read the semantic ones."""
         if self.is_global(x.shape[1:3]):
@@ -364,15 +351,15 @@ class SemanticStage(nn.Module):
     def _unit(self, x: Tensor, blocks: Sequence[Any], first: bool) -> Tensor:
         x = blocks[0](x)
         tokens = self.generate(blocks[1], blocks[2], x, first)
-        tokens = self.mix(blocks[3], tokens, local=True)
-        tokens = self.mix(blocks[4], tokens, local=False)
+        tokens = mix(self.config, blocks[3], True, tokens)
+        tokens = mix(self.config, blocks[4], False, tokens)
         return self.recover(blocks[5], x, tokens)
 
     def _tail(self, x: Tensor) -> Tensor:
         blocks: Any = self.blocks[self.config.base :]
         tokens = self.generate(blocks[0], blocks[1], x, True)
         for i, block in enumerate(blocks[2:]):
-            tokens = self.mix(block, tokens, local=i % 2 == 0)
+            tokens = mix(self.config, block, i % 2 == 0, tokens)
         return from_windows(tokens, self.config.tokens)
 
     def _steps(self) -> Iterator[Any]:
@@ -398,6 +385,21 @@ def is_global(config: WindowTokensConfig, windows: tuple[int, int]) -> bool:
     return config.layout == "global" or (config.layout == "auto" and max(windows) <= 2)
 
 
+def mix(config: WindowTokensConfig, block: Any, local: bool, tokens: Tensor) -> Tensor:
+    """A block on the tokens [B, Wh, Ww, M, C] alone: within windows, or across them."""
+    size = config.tokens
+    if local:
+        flat = tokens.flatten(0, 2)
+    elif config.recover or is_global(config, (tokens.shape[1], tokens.shape[2])):
+        flat = tokens.flatten(1, 3)
+    else:
+        reach = centred((4 * size[0], 4 * size[1]), size)
+        around: Tensor = block.gather(tokens, from_windows(tokens, size), reach, shortcut=tokens)
+        return around
+    mixed: Tensor = block(flat).view_as(tokens)
+    return mixed
+
+
 class TokenStage(nn.Module):
     """The last stage of STViT-Swin: a linear layer instead of patch merging, then blocks on tokens alone.
 
@@ -406,19 +408,17 @@ class TokenStage(nn.Module):
     """
 
     def __init__(
-        self, stage: SwinTransformerStage, before: SemanticStage, drop_path: Sequence[float]
+        self, stage: SwinTransformerStage, config: WindowTokensConfig, drop_path: Sequence[float]
     ) -> None:
         super().__init__()
         merging = stage.downsample
         self.downsample = nn.Linear(merging.dim, merging.out_dim)
-        self.config = before.config
+        self.config = config
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
-            semantic_twin(block, rate, before.config.layer_scale)
+            semantic_twin(block, rate, config.layer_scale)
             for block, rate in zip(stage.blocks, drop_path, strict=True)
         )
-        # Not a submodule: the stage before owns it.
-        self._before = (before,)
 
     def set_input_size(self, feat_size: Any, window_size: Any, always_partition: bool | None = None) -> None:
         """Nothing to do: tokens have no windows of pixels."""
@@ -427,12 +427,9 @@ class TokenStage(nn.Module):
         """[B, H, W, C] to [B, H, W, 2 C]."""
         tokens = to_windows(self.downsample(x), self.config.tokens)
         for i, block in enumerate(self.blocks):
-            step = lambda t, block=block, i=i: self._before[0].mix(block, t, local=i % 2 == 0)  # noqa: E731
-            tokens = (
-                checkpoint(step, tokens)
-                if self.grad_checkpointing and torch.is_grad_enabled()
-                else step(tokens)
-            )
+            step = partial(mix, self.config, block, i % 2 == 0)
+            saves = self.grad_checkpointing and torch.is_grad_enabled()
+            tokens = checkpoint(step, tokens) if saves else step(tokens)
         return from_windows(tokens, self.config.tokens)
 
 
@@ -473,19 +470,12 @@ class STViTSwin(SwinTransformer):  # type: ignore[misc]
         layers = {"embed_layer": ConvEmbed} if stem == "conv" else {}
         super().__init__(**layers, strict_img_size=False, **kwargs)
         rates = [[getattr(b.drop_path2, "drop_prob", 0.0) for b in stage.blocks] for stage in self.layers]
-        semantic = SemanticStage(self.layers[STAGE], config, rates[STAGE])
-        self.layers[STAGE] = semantic
+        self.layers[STAGE] = SemanticStage(self.layers[STAGE], config, rates[STAGE])
         if not config.recover and len(self.layers) > STAGE + 1:
-            self.layers[STAGE + 1] = TokenStage(self.layers[STAGE + 1], semantic, rates[STAGE + 1])
+            self.layers[STAGE + 1] = TokenStage(self.layers[STAGE + 1], config, rates[STAGE + 1])
             # Tokens are not merged again.
             self.feature_info[STAGE + 1]["reduction"] = self.feature_info[STAGE]["reduction"]
         self.semantic, self.stem, self.arguments = config, stem, dict(kwargs)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Relative position bias tables, as in timm; G is decayed, as in the released code."""
-        names: set[str] = super().no_weight_decay()
-        return names
 
 
 def check_depths(config: WindowTokensConfig, stem: str, depths: Sequence[int]) -> None:

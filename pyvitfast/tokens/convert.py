@@ -127,8 +127,9 @@ def to_stvit(
             "then quantise."
         )
     vit = ViTConfig.from_model(source)
+    grid: Any = (tokens, tokens) if isinstance(tokens, int) else tuple(tokens)
     semantic = TokensConfig(
-        tokens=(tokens, tokens) if isinstance(tokens, int) else tuple(tokens),
+        tokens=grid,
         base=len(vit.dims.blocks) // 3 if base is None else base,
         layers=layers,
         pool=pool,
