@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "cpu_capability.h"
 #include "fma_loop.h"
+#include "ops/adaptive_window_pool/adaptive_window_pool.h"
 #include "ops/fake_quantize/fake_quantize.h"
 #include "ops/kron_grow/kron_grow.h"
 #include "ops/linear_cross_attention/linear_cross_attention.h"
@@ -113,6 +114,17 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
     if (op == "kron_grow" || op == "tensor_ring_grow") {
         return growth_plan(op, shapes);
     }
+    if (op == "adaptive_window_pool") {
+        constexpr int64_t kBins = 16;
+        int64_t sums = 0;
+        int64_t values = 0;
+        for (const auto& [side, channels] : shapes) {
+            sums += kBins * channels;
+            values += (side * side + kBins) * channels;
+        }
+        const int64_t each = kPoolThreads * kPoolVector;
+        return plan(1, (sums + each - 1) / each, kPoolThreads, 0, 4 * values);
+    }
     int64_t blocks = 0;
     int64_t elements = 0;
     int64_t edges = 0;
@@ -212,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
         "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
         "float32 "
         "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
+        "adaptive_window_pool: an image each, (side of the grid, channels), averaged to 4 by 4. "
         "commit_: the "
         "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
         "64 wide; "

@@ -14,6 +14,7 @@ from pyvitfast._version import __version__
 
 STATUS = _lib.load(__version__)
 
+from pyvitfast.ops.adaptive_window_pool import adaptive_window_pool  # noqa: E402
 from pyvitfast.ops.fake_quantize import fake_quantize  # noqa: E402
 from pyvitfast.ops.kron_grow import kron_grow  # noqa: E402
 from pyvitfast.ops.linear_cross_attention import linear_cross_attention  # noqa: E402
@@ -27,6 +28,7 @@ from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
 from pyvitfast.ops.tensor_ring_grow import tensor_ring_grow  # noqa: E402
 
 __all__ = [
+    "adaptive_window_pool",
     "fake_quantize",
     "kron_grow",
     "linear_cross_attention",

@@ -1,5 +1,6 @@
 """The ops of :mod:`pyvitfast.ops` in plain torch: same signatures, any device, any float dtype."""
 
+from pyvitfast.reference.adaptive_window_pool import adaptive_window_pool
 from pyvitfast.reference.fake_quantize import fake_quantize
 from pyvitfast.reference.kron_grow import kron_grow
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention
@@ -13,6 +14,7 @@ from pyvitfast.reference.structured_zero_ import structured_zero_
 from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
 
 __all__ = [
+    "adaptive_window_pool",
     "fake_quantize",
     "kron_grow",
     "linear_cross_attention",

@@ -20,7 +20,7 @@ def adaptive_window_pool(
     inter: Tensor | None = None,
 ) -> Tensor:
     """One row for each of ``size`` windows of a grid; see :func:`pyvitfast.ops.adaptive_window_pool`."""
-    batch, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     if mode in ("avg", "max"):
         pool = F.adaptive_avg_pool2d if mode == "avg" else F.adaptive_max_pool2d
         return pool(x.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2)
@@ -31,7 +31,7 @@ def adaptive_window_pool(
     rows = []
     windows = [(r, c) for r in bins(height, size[0]) for c in bins(width, size[1])]
     for i, ((top, bottom), (left, right)) in enumerate(windows):
-        cells = x[:, top:bottom, left:right].reshape(batch, -1, channels).to(wide)
-        weights = logits[:, i, : bottom - top, : right - left].reshape(batch, 1, -1).softmax(dim=-1)
+        cells = x[:, top:bottom, left:right].flatten(1, 2).to(wide)
+        weights = logits[:, i, : bottom - top, : right - left].flatten(1).softmax(dim=-1).unsqueeze(1)
         rows.append(weights @ cells)  # [B, 1, C]
     return torch.cat(rows, dim=1).to(x.dtype)

@@ -146,6 +146,7 @@ calls = {
     'linear_cross_attention': (w, w[:, None], *[torch.eye(3)] * 4),
     'scaled_sqnorm': ([w], [x]), 'fake_quantize': ([w], [x]),
     'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
+    'adaptive_window_pool': (w[None, None], (1, 1)),
     'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
     'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
 }
@@ -309,6 +310,8 @@ class TestLaunchPlan:
             ("structured_gather", (3072, 768), (1, 288, 256, 0, 8 * 3072 * 768)),
             # One image of 196 tokens in 4 splits of 64 and less, 6 heads: 16 rows, u, sums, 19 values a head.
             ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19 + 16), 4 * 209 * 384)),
+            # A grid of 14 by 14 in 4 by 4 bins: 16 x 384 sums, four a thread.
+            ("adaptive_window_pool", (14, 384), (1, 12, 128, 0, 4 * 384 * (14 * 14 + 16))),
             # Squares, then the sum; 39,312 units of DeiT-B.
             ("saliency_commit_", (39312, 1), (2, 154, 256, 0, 12 * 39312)),
             # Past 1024 blocks the threads stride.
