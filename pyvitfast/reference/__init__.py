@@ -1,6 +1,7 @@
 """The ops of :mod:`pyvitfast.ops` in plain torch: same signatures, any device, any float dtype."""
 
 from pyvitfast.reference.fake_quantize import fake_quantize
+from pyvitfast.reference.few_query_attention import few_query_attention
 from pyvitfast.reference.kron_grow import kron_grow
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
@@ -11,9 +12,11 @@ from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
 from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
+from pyvitfast.reference.window_gather_attention import window_gather_attention
 
 __all__ = [
     "fake_quantize",
+    "few_query_attention",
     "kron_grow",
     "linear_cross_attention",
     "saliency_commit_",
@@ -24,4 +27,5 @@ __all__ = [
     "structured_gather",
     "structured_zero_",
     "tensor_ring_grow",
+    "window_gather_attention",
 ]
