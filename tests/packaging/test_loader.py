@@ -148,6 +148,8 @@ calls = {
     'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
     'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
     'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
+    'few_query_attention': [torch.ones(1, 1, 1, 1)] * 3,
+    'window_gather_attention': (torch.ones([1] * 6), *[torch.ones([1] * 5)] * 2, *[(1, 1)] * 3),
 }
 noise = {'seed': 0, 'one_minus_beta': 0.5}
 options = {
