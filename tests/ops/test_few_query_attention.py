@@ -84,7 +84,6 @@ TABLE = OpTable(
         Sample("many_queries", sample(1, 1, 130, 9, 8, bias=(0, 0, 1, 0))),
         Sample("wide", sample(1, 2, 3, 10, 80)),
         Sample("own_scale", sample(2, 1, 4, 9, 8, scale=0.7)),
-        Sample("no_keys", sample(2, 2, 3, 0, 8)),
         Sample("no_keys_but_before", sample(1, 2, 3, 0, 8, before=2)),
         Sample("no_queries", sample(2, 2, 0, 4, 8)),
         Sample("no_entries", sample(0, 2, 3, 4, 8)),
@@ -201,6 +200,14 @@ def gradients(function, args, kwargs):
     return o, lse, *torch.autograd.grad(total, leaves + list(named.values()))
 
 
+def test_without_keys():
+    args, kwargs = call(2, 2, 3, 0, 8)
+    o, lse, *slopes = gradients(ops.few_query_attention, args, kwargs)
+    assert not o.any()
+    assert (lse == -INFINITY).all()
+    assert not slopes[0].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_query_that_may_attend_to_nothing(dtype):
     args, kwargs = masked(dtype)
@@ -290,8 +297,10 @@ def test_gradients_of_any_shape(queries, keys, width, before, bias):
     args, kwargs = call(2, 2, queries, keys, width, before, bias)
     wide = widened((args, kwargs))
     want = gradients(reference.few_query_attention, *wide)
+    # With a single key slopes of scores cancel, so errors are relative to what was summed: any gradient.
+    largest = max(e.abs().max() for e in want if e.numel())
     for got, expected in zip(gradients(ops.few_query_attention, args, kwargs), want, strict=True):
-        assert ((got - expected).abs() <= 1e-5 * (expected.abs().max() + 0.1)).all()
+        assert ((got - expected).abs() <= 1e-5 * (largest + 0.1)).all()
 
 
 def test_wide_heads():
