@@ -183,7 +183,7 @@ constexpr int kAttentionKeys = 64;         // of a tile in the forward
 constexpr int kAttentionKeysBackward = 32;
 
 // Channels of a head that the CUDA kernels hold.
-PVF_HOST_DEVICE int64_t attention_most_width(bool wide) { return wide ? 128 : 256; }
+constexpr int64_t kAttentionMostWidth = 128;
 
 // Splits of a group's keys: two blocks a multiprocessor of a large GPU, 64 keys each at least.
 PVF_HOST_DEVICE int64_t attention_cuda_splits(int64_t groups, int64_t queries, int64_t keys) {

@@ -76,8 +76,8 @@ class AttentionCall {
         p.splits = std::clamp<int64_t>(tiles_along(kTasks, std::max<int64_t>(groups, 1)), 1,
                                        std::max<int64_t>(keys / kLeastKeys, 1));
 #else
-        STD_TORCH_CHECK(p.width <= attention_most_width(wide_), op_, ": heads must not be wider than ",
-                        attention_most_width(wide_), " channels on CUDA, got ", p.width);
+        STD_TORCH_CHECK(p.width <= kAttentionMostWidth, op_, ": heads must not be wider than ",
+                        kAttentionMostWidth, " channels on CUDA, got ", p.width);
         p.splits = attention_cuda_splits(groups, p.queries, keys);
 #endif
         p.keys_per_split = std::max<int64_t>(tiles_along(keys, p.splits), 1);

@@ -487,15 +487,12 @@ class Slopes {
         });
     }
 
-    // Adds to d_k and d_v of `count` keys, from key `first` of the tile on.
-    __attribute__((always_inline)) void add_to_keys(const QueryTile& queries, int64_t first,
-                                                    int64_t count, A* d_k, A* d_v) const {
-        const auto add = [&](const A* factors, const A* of, A* to) {
-            product(Scalars<A>{factors + first * queries.padded, queries.padded, 1}, of,
-                    padded_width_, count, padded_width_, queries.count, to, padded_width_, true);
-        };
-        add(weights, slope_rows, d_v);
-        add(slopes, rows, d_k);
+    // d_k or d_v of a tile of keys, from the slopes or the weights; `add`: on top of what is there.
+    __attribute__((always_inline)) void of_keys(const QueryTile& queries, const KeyTile<A>& tile,
+                                                const A* factors, const A* of, A* to,
+                                                int64_t stride, bool add) const {
+        product(Scalars<A>{factors, queries.padded, 1}, of, padded_width_, tile.keys, padded_width_,
+                queries.count, to, stride, add);
     }
 
     // Adds to d_q, still without the scale.
@@ -519,6 +516,50 @@ class Slopes {
     A* delta_;
 };
 
+// Gradients of a tile's keys or values: where they belong, or in memory of their own until `write`.
+template <typename A, typename T>
+class KeySlopes {
+   public:
+    KeySlopes(const AttentionParams& p, A* memory)
+        : width_(p.width), padded_width_(whole_vectors<A>(p.width)), memory_(memory) {}
+
+    // `count` rows that start at `offset`, `stride` apart, in place if each is written as a whole.
+    __attribute__((always_inline)) void begin(const AttentionRows& rows, int64_t offset,
+                                              int64_t stride, int64_t count, bool whole) {
+        if constexpr (std::is_same_v<A, T>) {
+            direct_ = whole && padded_width_ == width_;
+        }
+        if (direct_) {
+            to_ = entry_of<A>(rows.data, offset);
+            stride_ = stride;
+            return;
+        }
+        to_ = memory_;
+        stride_ = padded_width_;
+        if (!whole) {
+            std::fill_n(to_, count * padded_width_, A(0));
+        }
+    }
+    A* row(int64_t at) const { return to_ + at * stride_; }
+    int64_t stride() const { return stride_; }
+
+    // Row `at` to its place.
+    __attribute__((always_inline)) void write(const AttentionRows& rows, int64_t offset,
+                                              int64_t at) const {
+        if (!direct_) {
+            narrow_row(row(at), width_, entry_of<T>(rows.data, offset));
+        }
+    }
+
+   private:
+    int64_t width_;
+    int64_t padded_width_;
+    A* memory_;
+    A* to_ = nullptr;
+    int64_t stride_ = 0;
+    bool direct_ = false;
+};
+
 // `kParts`: d_q goes to a part of each tile of keys, [groups, tiles of a group, queries, width].
 template <typename A, typename T, bool kParts>
 static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int64_t end) {
@@ -528,13 +569,15 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
     const int64_t grid_tiles = attention_grid_tiles(p);
     const int64_t most = std::max(p.tile_lines * p.tile_columns, p.before) * padded_width;
     const Scratch<A> scratch(2 * most + kMostQueries * padded_width);
-    A* const d_k = scratch.data();
-    A* const d_v = d_k + most;
-    A* const d_q = d_v + most;
+    KeySlopes<A, T> d_k(p, scratch.data());
+    KeySlopes<A, T> d_v(p, scratch.data() + most);
+    A* const d_q = scratch.data() + 2 * most;
     Scratch<A> widened;
     const KeyReader<A, T> reader(p, widened);
     Slopes<A> slopes(p);
     KeyTile<A> tile;
+    // With one window the first queries reach each key, and what they give needs nothing under it.
+    const bool whole = kParts && p.queries > 0;
 
     const auto begin_queries = [&](const AttentionGroup& g, const QueryTile& queries) {
         slopes.template begin<T>(g, queries);
@@ -542,9 +585,11 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
             std::fill_n(d_q, queries.count * padded_width, A(0));
         }
     };
-    const auto take = [&](const AttentionGroup& g, const QueryTile& queries, int64_t at) {
+    const auto take = [&](const AttentionGroup& g, const QueryTile& queries, int64_t at, bool add) {
         slopes.of_tile(g, queries, tile);
-        slopes.add_to_keys(queries, 0, tile.keys, d_k + at * padded_width, d_v + at * padded_width);
+        slopes.of_keys(queries, tile, slopes.weights, slopes.slope_rows, d_v.row(at), d_v.stride(),
+                       add);
+        slopes.of_keys(queries, tile, slopes.slopes, slopes.rows, d_k.row(at), d_k.stride(), add);
         if constexpr (kParts) {
             slopes.add_to_queries(queries, tile, d_q, padded_width);
         }
@@ -558,25 +603,24 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
             }
         }
     };
-    const auto write = [&](const AttentionRows& rows, int64_t offset, const A* from) {
-        narrow_row(from, p.width, entry_of<T>(rows.data, offset));
-    };
 
     for (int64_t task = begin; task < end; ++task) {
         if (task >= grid_tiles) {
             const AttentionGroup g = attention_group(p, task - grid_tiles);
-            std::fill_n(d_k, p.before * padded_width, A(0));
-            std::fill_n(d_v, p.before * padded_width, A(0));
+            const bool all = p.queries > 0;
+            d_k.begin(p.d_k_before, row_offset(p.d_k_before, g, 0), p.d_k_before.row, p.before, all);
+            d_v.begin(p.d_v_before, row_offset(p.d_v_before, g, 0), p.d_v_before.row, p.before, all);
             for (int64_t first = 0; first < p.queries; first += kMostQueries) {
                 const QueryTile queries = query_tile<A>(p, first);
                 begin_queries(g, queries);
-                reader.tiles(g, 0, p.before, tile,
-                             [&](KeyTile<A>& keys) { take(g, queries, keys.first); });
+                reader.tiles(g, 0, p.before, tile, [&](KeyTile<A>& keys) {
+                    take(g, queries, keys.first, first > 0);
+                });
                 end_queries(g, queries, p.splits - 1);
             }
             for (int64_t n = 0; n < p.before; ++n) {
-                write(p.d_k_before, row_offset(p.d_k_before, g, n), d_k + n * padded_width);
-                write(p.d_v_before, row_offset(p.d_v_before, g, n), d_v + n * padded_width);
+                d_k.write(p.d_k_before, row_offset(p.d_k_before, g, n), n);
+                d_v.write(p.d_v_before, row_offset(p.d_v_before, g, n), n);
             }
             continue;
         }
@@ -587,8 +631,11 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
         const int64_t column0 = part * p.tile_columns;
         const int64_t lines = std::min(p.tile_lines, p.grid[0] - line0);
         const int64_t columns = std::min(p.tile_columns, p.grid[1] - column0);
-        std::fill_n(d_k, lines * columns * padded_width, A(0));
-        std::fill_n(d_v, lines * columns * padded_width, A(0));
+        const auto place = [&](const AttentionRows& rows, int64_t line, int64_t column) {
+            return key_offset(rows, entry, head, line0 + line, column0 + column);
+        };
+        d_k.begin(p.d_k, place(p.d_k, 0, 0), p.d_k.column, lines * columns, whole);
+        d_v.begin(p.d_v, place(p.d_v, 0, 0), p.d_v.column, lines * columns, whole);
         const Span down = windows_of_keys(p, 0, line0, lines);
         const Span across = windows_of_keys(p, 1, column0, columns);
         for (int64_t window = 0; window < down.count * across.count; ++window) {
@@ -616,17 +663,16 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
                                                column - read_columns.first);
                         reader.add_line(tile, entry, head, line, column,
                                         std::min<int64_t>(kMostTileKeys, within.count - n));
-                        take(g, queries, (line - line0) * columns + column - column0);
+                        take(g, queries, (line - line0) * columns + column - column0,
+                             !whole || first > 0);
                     }
                 }
                 end_queries(g, queries, part);
             }
         }
         for (int64_t n = 0; n < lines * columns; ++n) {
-            const int64_t line = line0 + n / columns;
-            const int64_t column = column0 + n % columns;
-            write(p.d_k, key_offset(p.d_k, entry, head, line, column), d_k + n * padded_width);
-            write(p.d_v, key_offset(p.d_v, entry, head, line, column), d_v + n * padded_width);
+            d_k.write(p.d_k, place(p.d_k, n / columns, n % columns), n);
+            d_v.write(p.d_v, place(p.d_v, n / columns, n % columns), n);
         }
     }
 }

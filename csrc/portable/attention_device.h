@@ -42,6 +42,7 @@ PVF_DEVICE void fill_tile(A* tile, int stride, int width, int rows, int count, A
                           const F& row_at) {
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
     const int vectors = (width + kVector - 1) / kVector;
+    PVF_NO_UNROLL
     for (int at = static_cast<int>(thread_idx().x); at < rows * vectors; at += kAttentionThreads) {
         const int row = at / vectors;
         const int column = at % vectors * kVector;
@@ -118,6 +119,7 @@ PVF_DEVICE void dot_rows(const A* left, const A* right, int stride, int width,
         }
     }
     const A* const own = right + static_cast<int>(lane_id()) * stride;
+    PVF_NO_UNROLL
     for (int c = 0; c < width; c += kTogether<A>) {
         Vec<A, kTogether<A>> values[kLaneRows];
         PVF_UNROLL
@@ -143,6 +145,7 @@ PVF_DEVICE void dot_rows(const A* left, const A* right, int stride, int width,
 template <typename A, int kRows, int kColumns>
 PVF_DEVICE void add_rows(const A* factors, int factor_stride, int factor_step, const A* rows,
                          int stride, int count, int width, A (&sums)[kRows][kColumns]) {
+    PVF_NO_UNROLL
     for (int n = 0; n < count; ++n) {
         A values[kColumns];
         PVF_UNROLL
@@ -199,7 +202,7 @@ struct BlockQueries {
 
 // A block: 16 queries of a group over a split of its keys.
 template <typename A, typename T, int kColumns>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 2)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     attention_forward_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kKeys = 32 * kLaneKeys<A>;
     PVF_DYNAMIC_SHARED(A, shared);
@@ -233,6 +236,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 2)
     const int64_t begin = block.split * p.keys_per_split;
     const int64_t all = of.count(p);
     const int64_t end = begin + p.keys_per_split < all ? begin + p.keys_per_split : all;
+    PVF_NO_UNROLL
     for (int64_t first = begin; first < end; first += kKeys) {
         const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
         sync_threads();  // the last tile has been read
@@ -441,7 +445,7 @@ struct BackwardTiles {
 // A block: a tile of keys, in a line of the grid or before it, over all windows that read it. d_k
 // and d_v have one owner, so nothing is added up between blocks.
 template <typename A, typename T, int kColumns, bool kBefore>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 1)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 1 : 3)
     attention_key_slopes_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kKeys = kAttentionKeysBackward;
     PVF_DYNAMIC_SHARED(A, shared);
@@ -547,7 +551,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 1)
 // A block: d_q of 16 queries of a group over a split of its keys. Weights are made again rather than
 // read: they would be more bytes than the keys.
 template <typename A, typename T, int kColumns>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 2)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     attention_query_slopes_kernel(const __grid_constant__ AttentionParams p) {
     constexpr int kKeys = kAttentionKeysBackward;
     PVF_DYNAMIC_SHARED(A, shared);
@@ -568,6 +572,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, 2)
     const int64_t begin = block.split * p.keys_per_split;
     const int64_t all = of.count(p);
     const int64_t end = begin + p.keys_per_split < all ? begin + p.keys_per_split : all;
+    PVF_NO_UNROLL
     for (int64_t first = begin; first < end; first += kKeys) {
         const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
         sync_threads();  // the last tile has been read
@@ -663,10 +668,8 @@ void with_attention_kernels(const AttentionParams& p, const F& f) {
             f.template operator()<A, T, 1>();
         } else if (p.width <= 64) {
             f.template operator()<A, T, 2>();
-        } else if (p.width <= 128) {
+        } else {
             f.template operator()<A, T, 4>();
-        } else if constexpr (sizeof(A) == 4) {
-            f.template operator()<A, T, 8>();
         }
     });
 }

@@ -43,8 +43,7 @@ def same_shape(op: str, name: str, tensor: Tensor, shape: tuple[Any, ...], rule:
 
 def fits(tensor: Tensor) -> bool:
     """Whether the CUDA kernels hold a head this wide; the CPU has no limit."""
-    most = 128 if tensor.dtype == torch.float64 else 256
-    return tensor.device.type != "cuda" or tensor.shape[-1] <= most
+    return tensor.device.type != "cuda" or tensor.shape[-1] <= 128
 
 
 def sums(tensor: Tensor) -> torch.dtype:

@@ -85,12 +85,12 @@ def few_query_attention(
     Scores, softmax and sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone,
     so the bits do not depend on threads or runs. NaN and Inf spread as in softmax, but a query that may not
     attend to any key gives zeros, lse minus infinity and gradients of zero. Autocast leaves tensors of one
-    dtype as they are and brings those of several to its own. On CUDA heads wider than 256 channels (128 in
-    float64) take plain torch.
+    dtype as they are and brings those of several to its own. On CUDA heads wider than 128 channels take plain
+    torch.
 
     Source:
-        Sparsifying ViT with semantic tokens (Chang et al., CVPR 2023), section 3.2: the attention of the
-        semantic-token generation module.
+        Making Vision Transformers Efficient from A Token Sparsification View (Chang et al., CVPR 2023),
+        section 3.2: the attention of the semantic-token generation module.
 
     Example:
         >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 4.0]).log().view(1, 1, 3, 1)

@@ -94,11 +94,11 @@ def window_gather_attention(
     Scores, softmax and sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone,
     so the bits do not depend on threads or runs. NaN and Inf spread as in softmax; a window without a key gives
     zeros. Autocast leaves tensors of one dtype as they are and brings those of several to its own. On CUDA
-    heads wider than 256 channels (128 in float64) take plain torch.
+    heads wider than 128 channels take plain torch.
 
     Source:
-        Sparsifying ViT with semantic tokens (Chang et al., CVPR 2023), section 3.3 and the released detection
-        code: windows of keys wider than their stride.
+        Making Vision Transformers Efficient from A Token Sparsification View (Chang et al., CVPR 2023),
+        section 3.3 and the released detection code: windows of keys wider than their stride.
 
     Example:
         >>> q, k = torch.zeros(1, 1, 2, 1, 1, 1), torch.zeros(1, 1, 4, 1, 1)

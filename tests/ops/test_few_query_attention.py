@@ -303,6 +303,7 @@ def test_gradients_of_any_shape(queries, keys, width, before, bias):
         assert ((got - expected).abs() <= 1e-5 * (largest + 0.1)).all()
 
 
+@pytest.mark.skipif(EMULATED, reason="the CUDA kernels have a limit")
 def test_wide_heads():
     args, kwargs = call(1, 1, 5, 40, 200, dtype=torch.float32)
     torch.testing.assert_close(
@@ -384,9 +385,9 @@ def test_no_race_and_no_order_of_threads_that_shows(dtype, order):
 
 @pytest.mark.skipif(not EMULATED, reason="the CPU has no limit")
 def test_the_widest_heads_of_the_cuda_kernels():
-    for width, dtype in ((256, torch.float32), (128, torch.float64)):
-        args, kwargs = call(1, 1, 3, 40, width, dtype=dtype)
+    for dtype in (torch.float32, torch.float64):
+        args, kwargs = call(1, 1, 3, 40, 128, dtype=dtype)
         gradients(ops.few_query_attention, args, kwargs)
-        args, kwargs = call(1, 1, 3, 4, width + 1, dtype=dtype)
-        with pytest.raises(RuntimeError, match=f"must not be wider than {width} channels"):
+        args, kwargs = call(1, 1, 3, 4, 129, dtype=dtype)
+        with pytest.raises(RuntimeError, match="must not be wider than 128 channels"):
             ops.few_query_attention(*args, **kwargs)

@@ -275,7 +275,8 @@ def test_each_window_is_read_where_it_lies(counting):
     ops.window_gather_attention(*args, **kwargs)
     moved = sum(c["bytes_moved"] for n, c in counting.counters().items() if "attention_forward" in n)
     keys = (11 + 10) * (11 + 14 + 10)
-    assert moved <= 1.1 * 4 * (2 * keys * 32 + 6 * 9 * (2 * 32 + 1))
+    # Each of three splits of a window reads its queries and leaves sums, a peak and a total.
+    assert moved <= 1.05 * 4 * (2 * keys * 32 + 3 * 6 * 9 * (2 * 32 + 2))
 
 
 @pytest.mark.skipif(not EMULATED, reason="belongs to the emulated backend")
