@@ -115,8 +115,9 @@ PVF_HOST_DEVICE Span keys_of_window(const AttentionParams& p, int axis, int64_t 
 // Windows that read any of `count` lines or columns.
 PVF_HOST_DEVICE Span windows_of_keys(const AttentionParams& p, int axis, int64_t first,
                                      int64_t count) {
-    const int64_t low = first - p.offset[axis] - p.window[axis];  // a window that begins here misses
-    const int64_t high = first + count - 1 - p.offset[axis];      // the last one begins here
+    const int64_t low =
+        first - p.offset[axis] - p.window[axis];              // a window that begins here misses
+    const int64_t high = first + count - 1 - p.offset[axis];  // the last one begins here
     const int64_t begin = low < 0 ? 0 : low / p.stride[axis] + 1;
     const int64_t end = high < 0 ? 0 : high / p.stride[axis] + 1;
     return span_within(begin, end, 0, p.windows[axis]);
@@ -179,7 +180,7 @@ struct AttentionCpu {
 // Queries, keys of a block and threads of the CUDA kernels.
 constexpr int kAttentionQueries = 16;
 constexpr int kAttentionThreads = 128;
-constexpr int kAttentionKeys = 64;         // of a tile in the forward
+constexpr int kAttentionKeys = 64;  // of a tile in the forward
 constexpr int kAttentionKeysBackward = 32;
 
 // Channels of a head that the CUDA kernels hold.

@@ -17,7 +17,8 @@ class AttentionCall {
     using Kernels = AttentionCuda;
 #endif
 
-    // `parts`: the CPU backward leaves d_q in a part a tile of keys, for which one window is needed.
+    // `parts`: the CPU backward leaves d_q in a part a tile of keys, for which one window is
+    // needed.
     AttentionCall(const char* op, const Tensor& like, const Kernels& kernels, bool parts)
         : op_(op), like_(like), kernels_(kernels), parts_(parts) {
         params.type = float_type(op, like);
@@ -52,9 +53,7 @@ class AttentionCall {
         STD_TORCH_CHECK(same, op_, ": `", name, "` has the wrong shape");
     }
 
-    Tensor sums(const std::vector<int64_t>& shape) const {
-        return empty(like_, shape, sum_type());
-    }
+    Tensor sums(const std::vector<int64_t>& shape) const { return empty(like_, shape, sum_type()); }
 
     // Everything that depends on the sizes alone; these must be set.
     void plan(bool backward) {
@@ -114,8 +113,7 @@ class AttentionCall {
         const Tensor delta = sums({groups * p.queries});
         p.delta = delta.data_ptr();
         const bool partial_needed = PVF_CPU_KERNELS ? parts_ : p.splits > 1;
-        const Tensor partial =
-            sums({partial_needed ? groups * p.splits * p.queries * p.width : 0});
+        const Tensor partial = sums({partial_needed ? groups * p.splits * p.queries * p.width : 0});
         p.partial = partial.data_ptr();
 #if PVF_CPU_KERNELS
         const int64_t work = 2 * groups * p.queries * most_keys(p) * p.width;
@@ -140,8 +138,8 @@ class AttentionCall {
         constexpr int64_t kWorth = 1 << 18;
         const int64_t grain = std::max<int64_t>(1, tasks * kWorth / std::max<int64_t>(work, 1) / 2);
         if (tasks > 0) {
-            torch::stable::parallel_for(
-                0, tasks, grain, [&](int64_t begin, int64_t end) { f(params, begin, end); });
+            torch::stable::parallel_for(0, tasks, grain,
+                                        [&](int64_t begin, int64_t end) { f(params, begin, end); });
         }
     }
 #else

@@ -99,8 +99,7 @@ class KeyReader {
         const T* values = static_cast<const T*>(v);
         if constexpr (std::is_same_v<A, T>) {
             if (direct_) {
-                tile.runs[tile.run_count++] = {keys,     values,    k_stride,
-                                               v_stride, tile.keys, count};
+                tile.runs[tile.run_count++] = {keys, values, k_stride, v_stride, tile.keys, count};
                 tile.keys += count;
                 return;
             }
@@ -245,8 +244,8 @@ PVF_INLINE void score(const AttentionParams& p, const AttentionGroup& g, const Q
     }
     with_float_summed_in<A>(p.bias.type, [&]<typename T>(Type<T>) {
         for (int64_t m = 0; m < queries.count; ++m) {
-            const T* bias = entry_of<T>(p.bias.data,
-                                        bias_offset(p.bias, g, queries.first + m, tile.first));
+            const T* bias =
+                entry_of<T>(p.bias.data, bias_offset(p.bias, g, queries.first + m, tile.first));
             for (int64_t n = 0; n < tile.keys; ++n) {
                 scores[n * queries.padded + m] += static_cast<A>(to_float(bias[n * p.bias.key]));
             }
@@ -480,8 +479,8 @@ class Slopes {
                 T* to = entry_of<T>(p_.d_bias,
                                     (g.index * p_.queries + queries.first + m) * keys + tile.first);
                 for (int64_t n = 0; n < tile.keys; ++n) {
-                    to[n] = from_float<T>(
-                        static_cast<Accumulate<T>>(slopes[n * queries.padded + m]));
+                    to[n] =
+                        from_float<T>(static_cast<Accumulate<T>>(slopes[n * queries.padded + m]));
                 }
             }
         });
@@ -598,8 +597,7 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
         if constexpr (kParts) {
             for (int64_t m = 0; m < queries.count; ++m) {
                 const int64_t at = (g.index * p.splits + part) * p.queries + queries.first + m;
-                std::copy_n(d_q + m * padded_width, p.width,
-                            entry_of<A>(p.partial, at * p.width));
+                std::copy_n(d_q + m * padded_width, p.width, entry_of<A>(p.partial, at * p.width));
             }
         }
     };
@@ -608,14 +606,15 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
         if (task >= grid_tiles) {
             const AttentionGroup g = attention_group(p, task - grid_tiles);
             const bool all = p.queries > 0;
-            d_k.begin(p.d_k_before, row_offset(p.d_k_before, g, 0), p.d_k_before.row, p.before, all);
-            d_v.begin(p.d_v_before, row_offset(p.d_v_before, g, 0), p.d_v_before.row, p.before, all);
+            d_k.begin(p.d_k_before, row_offset(p.d_k_before, g, 0), p.d_k_before.row, p.before,
+                      all);
+            d_v.begin(p.d_v_before, row_offset(p.d_v_before, g, 0), p.d_v_before.row, p.before,
+                      all);
             for (int64_t first = 0; first < p.queries; first += kMostQueries) {
                 const QueryTile queries = query_tile<A>(p, first);
                 begin_queries(g, queries);
-                reader.tiles(g, 0, p.before, tile, [&](KeyTile<A>& keys) {
-                    take(g, queries, keys.first, first > 0);
-                });
+                reader.tiles(g, 0, p.before, tile,
+                             [&](KeyTile<A>& keys) { take(g, queries, keys.first, first > 0); });
                 end_queries(g, queries, p.splits - 1);
             }
             for (int64_t n = 0; n < p.before; ++n) {
@@ -641,9 +640,8 @@ static void attention_key_slopes_of(const AttentionParams& p, int64_t begin, int
         for (int64_t window = 0; window < down.count * across.count; ++window) {
             const int64_t y = down.first + window / across.count;
             const int64_t x = across.first + window % across.count;
-            const AttentionGroup g{
-                ((entry * p.windows[0] + y) * p.windows[1] + x) * p.heads + head, entry, y, x,
-                head};
+            const AttentionGroup g{((entry * p.windows[0] + y) * p.windows[1] + x) * p.heads + head,
+                                   entry, y, x, head};
             const Span read_lines = keys_of_window(p, 0, y);
             const Span read_columns = keys_of_window(p, 1, x);
             const Span within_lines = span_within(
@@ -692,8 +690,8 @@ static void attention_query_slopes_of(const AttentionParams& p, int64_t begin, i
             for (int64_t m = 0; m < p.queries; ++m) {
                 std::fill_n(d_q, padded_width, A(0));
                 for (int64_t s = 0; s < p.splits; ++s) {
-                    const A* part = entry_of<A>(
-                        p.partial, ((group * p.splits + s) * p.queries + m) * p.width);
+                    const A* part =
+                        entry_of<A>(p.partial, ((group * p.splits + s) * p.queries + m) * p.width);
                     for (int64_t c = 0; c < p.width; ++c) {
                         d_q[c] += part[c];
                     }
@@ -730,11 +728,11 @@ static void with_attention_types(const AttentionParams& p, const F& f) {
     with_float(p.type, [&]<typename T>(Type<T>) { f.template operator()<Accumulate<T>, T>(); });
 }
 
-#define PVF_ATTENTION_CPU(name, ...)                                                   \
-    static void name(const AttentionParams& p, int64_t begin, int64_t end) {           \
-        with_attention_types(p, [&]<typename A, typename T>() {                        \
-            attention_##name##_of<A, T __VA_OPT__(, ) __VA_ARGS__>(p, begin, end);      \
-        });                                                                            \
+#define PVF_ATTENTION_CPU(name, ...)                                               \
+    static void name(const AttentionParams& p, int64_t begin, int64_t end) {       \
+        with_attention_types(p, [&]<typename A, typename T>() {                    \
+            attention_##name##_of<A, T __VA_OPT__(, ) __VA_ARGS__>(p, begin, end); \
+        });                                                                        \
     }
 
 }  // namespace pyvitfast::PVF_CPU_CAPABILITY

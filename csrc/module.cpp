@@ -243,6 +243,7 @@ PYBIND11_MODULE(_C, m) {
         "direction, float32 levels, forward only. kron_grow: (T, T), (L1, L2), (O1, I1), (O2, I2), "
         "shared factors; tensor_ring_grow: (L1, B1), (O1, I1), (L2, B2), (O2, I2), (R1, R2), (R3, "
         "R4); blocks are those of the last product. few_query_attention: (groups, queries), (keys, "
-        "channels), a group being a head of an entry; window_gather_attention: the same and (tokens, "
+        "channels), a group being a head of an entry; window_gather_attention: the same and "
+        "(tokens, "
         "1) of the grid; the forward, with dynamic shared memory.");
 }

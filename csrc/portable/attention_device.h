@@ -68,7 +68,8 @@ PVF_DEVICE void fill_tile(A* tile, int stride, int width, int rows, int count, A
         } else {
             for (int i = 0; i < kVector && column + i < stride; ++i) {
                 const bool inside = column + i < width;
-                store_shared(to + i, inside ? static_cast<A>(to_float(load(from + i))) * factor : A(0));
+                store_shared(to + i,
+                             inside ? static_cast<A>(to_float(load(from + i))) * factor : A(0));
             }
         }
     }
@@ -216,8 +217,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     const GroupKeys of(p, block.group);
     const int warp_first = static_cast<int>(warp_id()) * kWarpQueries;
     const int lane = static_cast<int>(lane_id());
-    fill_tile<A, T>(queries, stride, width, kAttentionQueries, block.count,
-                    static_cast<A>(p.scale), [&](int row) {
+    fill_tile<A, T>(queries, stride, width, kAttentionQueries, block.count, static_cast<A>(p.scale),
+                    [&](int row) {
                         return static_cast<const T*>(p.q.data) +
                                row_offset(p.q, block.group, block.first + row);
                     });
@@ -240,12 +241,10 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     for (int64_t first = begin; first < end; first += kKeys) {
         const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
         sync_threads();  // the last tile has been read
-        fill_tile<A, T>(keys, stride, width, kKeys, count, A(1), [&](int row) {
-            return of.row<T>(p, p.k_before, p.k, first + row);
-        });
-        fill_tile<A, T>(values, stride, width, kKeys, count, A(1), [&](int row) {
-            return of.row<T>(p, p.v_before, p.v, first + row);
-        });
+        fill_tile<A, T>(keys, stride, width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.k_before, p.k, first + row); });
+        fill_tile<A, T>(values, stride, width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.v_before, p.v, first + row); });
         sync_threads();
         A scores[kWarpQueries][kLaneKeys<A>];
         dot_rows(queries + warp_first * stride, keys, stride, width, scores);
@@ -258,8 +257,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
                 if (key >= count) {
                     scores[i][j] = kMinusInfinity<A>;
                 } else if (p.bias.data != nullptr && warp_first + i < block.count) {
-                    scores[i][j] += bias_at<A>(p, block.group, block.first + warp_first + i,
-                                               first + key);
+                    scores[i][j] +=
+                        bias_at<A>(p, block.group, block.first + warp_first + i, first + key);
                 }
                 greatest = Max{}(greatest, scores[i][j]);
             }
@@ -401,11 +400,10 @@ struct BackwardTiles {
     template <typename T>
     PVF_DEVICE void bring_queries(const AttentionParams& p, const AttentionGroup& g, int64_t first,
                                   int count) {
-        fill_tile<A, T>(rows, stride, width, kAttentionQueries, count, static_cast<A>(p.scale),
-                        [&](int row) {
-                            return static_cast<const T*>(p.q.data) +
-                                   row_offset(p.q, g, first + row);
-                        });
+        fill_tile<A, T>(
+            rows, stride, width, kAttentionQueries, count, static_cast<A>(p.scale), [&](int row) {
+                return static_cast<const T*>(p.q.data) + row_offset(p.q, g, first + row);
+            });
         fill_tile<A, T>(slopes, stride, width, kAttentionQueries, count, A(1), [&](int row) {
             return static_cast<const T*>(p.d_o.data) + row_offset(p.d_o, g, first + row);
         });
@@ -495,8 +493,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 1 : 3)
         if constexpr (!kBefore) {
             g.down = down.first + window / across.count;
             g.across = across.first + window % across.count;
-            g.index = ((g.entry * p.windows[0] + g.down) * p.windows[1] + g.across) * p.heads +
-                      g.head;
+            g.index =
+                ((g.entry * p.windows[0] + g.down) * p.windows[1] + g.across) * p.heads + g.head;
             const Span lines = keys_of_window(p, 0, g.down);
             const Span columns = keys_of_window(p, 1, g.across);
             read = read && line >= lines.first && line < lines.first + lines.count &&
@@ -548,8 +546,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 1 : 3)
     }
 }
 
-// A block: d_q of 16 queries of a group over a split of its keys. Weights are made again rather than
-// read: they would be more bytes than the keys.
+// A block: d_q of 16 queries of a group over a split of its keys. Weights are made again rather
+// than read: they would be more bytes than the keys.
 template <typename A, typename T, int kColumns>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     attention_query_slopes_kernel(const __grid_constant__ AttentionParams p) {
@@ -576,12 +574,10 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
     for (int64_t first = begin; first < end; first += kKeys) {
         const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
         sync_threads();  // the last tile has been read
-        fill_tile<A, T>(tiles.keys, tiles.stride, tiles.width, kKeys, count, A(1), [&](int row) {
-            return of.row<T>(p, p.k_before, p.k, first + row);
-        });
-        fill_tile<A, T>(tiles.values, tiles.stride, tiles.width, kKeys, count, A(1), [&](int row) {
-            return of.row<T>(p, p.v_before, p.v, first + row);
-        });
+        fill_tile<A, T>(tiles.keys, tiles.stride, tiles.width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.k_before, p.k, first + row); });
+        fill_tile<A, T>(tiles.values, tiles.stride, tiles.width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.v_before, p.v, first + row); });
         sync_threads();
         tiles.make(p, block.group, block.first, block.count, lane < count ? first + lane : -1);
         sync_warp();
@@ -604,9 +600,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
             if (p.splits > 1) {
                 store(entry_of<A>(p.partial, at * p.width + column), d_q[i][j]);
             } else {
-                store(entry_of<T>(p.d_q.data, row_offset(p.d_q, block.group, query) + column),
-                      from_float<T>(
-                          static_cast<Accumulate<T>>(d_q[i][j] * static_cast<A>(p.scale))));
+                store(
+                    entry_of<T>(p.d_q.data, row_offset(p.d_q, block.group, query) + column),
+                    from_float<T>(static_cast<Accumulate<T>>(d_q[i][j] * static_cast<A>(p.scale))));
             }
         }
     }

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvitfast.ops import _checks
-
 
 def mixed_dtypes(op: str, named: list[tuple[str, Tensor]]) -> list[Tensor]:
     """The tensors in one dtype: autocast's where it is active and they differ; else they must not."""

@@ -47,7 +47,9 @@ def _check(
             )
         if (bias.dtype == torch.float64) != (q.dtype == torch.float64):
             want, got = (str(t.dtype).removeprefix("torch.") for t in (q, bias))
-            raise TypeError(f"{NAME}: `bias` must be float64 where `q` is, and only there; got {want}, {got}.")
+            raise TypeError(
+                f"{NAME}: `bias` must be float64 where `q` is, and only there; got {want}, {got}."
+            )
 
 
 def few_query_attention(
@@ -74,8 +76,8 @@ def few_query_attention(
         scale: s, by default :math:`D^{-1/2}`.
 
     Returns:
-        o, [B, H, M, D] in the dtype of ``q``, laid out so that ``o.transpose(1, 2).reshape(B, M, H * D)`` is a
-        view, and lse, [B, H, M], the logarithm of the sum of the exponentials, float32 (float64 for float64).
+        o, [B, H, M, D] in the dtype of ``q``, laid out so that ``o.transpose(1, 2).reshape(B, M, H * D)`` is
+        a view, and lse, [B, H, M], the logarithm of the sum of the exponentials, float32 (float64 for float64).
         Both are differentiable once with respect to all tensors.
 
     Raises:

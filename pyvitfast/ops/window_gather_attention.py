@@ -82,18 +82,18 @@ def window_gather_attention(
         scale: of the scores, by default D^-1/2.
 
     Returns:
-        [B, windows down, windows across, M, H, D], contiguous, in the dtype of ``q``; differentiable once with
-        respect to all tensors.
+        [B, windows down, windows across, M, H, D], contiguous, in the dtype of ``q``; differentiable once
+        with respect to all tensors.
 
     Raises:
-        TypeError: not float tensors, dtypes that differ outside autocast, or sizes that are not pairs of whole
-            numbers.
+        TypeError: not float tensors, dtypes that differ outside autocast, or sizes that are not pairs of
+            whole numbers.
         ValueError: shapes or devices that do not match, windows or strides below 1, or ``valid_hw`` past the
             grid.
 
     Scores, softmax and sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone,
-    so the bits do not depend on threads or runs. NaN and Inf spread as in softmax; a window without a key gives
-    zeros. Autocast leaves tensors of one dtype as they are and brings those of several to its own. On CUDA
+    so the bits do not depend on threads or runs. NaN and Inf spread as in softmax; a window without a key
+    gives zeros. Autocast leaves tensors of one dtype as they are and brings those of several to its own. On CUDA
     heads wider than 128 channels take plain torch.
 
     Source:

@@ -224,7 +224,13 @@ def grown(op, size):
     if op == "few_query_attention":
         return (torch.randn(size, 2, 3, 4), *torch.randn(2, size, 2, size + 1, 4)), {}
     if op == "window_gather_attention":
-        return (torch.randn(size, 2, 2, 3, 1, 4), *torch.randn(2, size, size, size, 1, 4), (3, 3), (2, 2), (0, 0)), {}
+        return (
+            torch.randn(size, 2, 2, 3, 1, 4),
+            *torch.randn(2, size, size, size, 1, 4),
+            (3, 3),
+            (2, 2),
+            (0, 0),
+        ), {}
     if op == "tensor_ring_grow":
         cores = [torch.randn(1, 2, 3, 2), torch.randn(2, size, size, 1), torch.randn(1, 2, 2, 1)]
         return (torch.randn(2, 2, size, size), *cores, torch.randn(1, size, size, 1)), {}

@@ -328,7 +328,7 @@ def test_flops_are_counted():
 
 def test_views_that_no_vector_load_can_read():
     for dtype in (torch.float32, torch.bfloat16):
-        (q, k, v), kwargs = call(1, 2, 5, 40, 32, dtype=dtype)
+        (q, k, v), _ = call(1, 2, 5, 40, 32, dtype=dtype)
         odd = [torch.zeros(*t.shape[:3], 33, dtype=dtype)[..., 1:].copy_(t) for t in (q, k, v)]
         assert torch.equal(ops.few_query_attention(*odd)[0], ops.few_query_attention(q, k, v)[0])
 
@@ -349,7 +349,7 @@ def test_bytes_moved(counting, dtype):
 
 def test_launches_and_splits(counting):
     args, kwargs = call(1, 2, 16, 700, 64)
-    _, lse = gradients(ops.few_query_attention, args, kwargs)[:2]
+    gradients(ops.few_query_attention, args, kwargs)
     launches = {name: counts["launches"] for name, counts in counting.counters().items()}
     # Forward, combine; delta, keys, queries, and the sum of their splits.
     assert sum(launches.values()) == 6

@@ -17,7 +17,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 
 
 def call(windows, queries, grid, geometry, valid=None, before=0, batch=1, heads=2, width=8, **options):
-    """Keys and values as the halves of a fused projection of the grid; one number a geometry for both axes."""
+    """Keys and values as the halves of a fused projection of the grid; one number for both axes."""
     dtype = options.pop("dtype", torch.float32)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64).to(dtype)  # noqa: E731
     kv = draw(batch, *grid, 2, heads, width)
@@ -77,7 +77,9 @@ TABLE = OpTable(
         bad(TypeError, "`q` must be a tensor, got list", q=[1.0]),
         bad(TypeError, "`k` must have dtype .*, got int64", k=lambda t: t.long()),
         bad(ValueError, r"`q` must have shape \[B, windows down.*got \[2, 3, 4, 2, 8\]", q=lambda t: t[0]),
-        bad(ValueError, r"`k` must have shape \[B, height.*got \[1, 5, 7, 1, 8\]", k=lambda t: t[:, :, :, :1]),
+        bad(
+            ValueError, r"`k` must have shape \[B, height.*got \[1, 5, 7, 1, 8\]", k=lambda t: t[:, :, :, :1]
+        ),
         bad(ValueError, r"`v` must have shape that of `k`.*got \[1, 4, 7, 2, 8\]", v=lambda t: t[:, 1:]),
         bad(ValueError, "`k_before` and `v_before` go together", k_before=None),
         bad(ValueError, "`k_before` must have shape that of `q` but", k_before=lambda t: t[:, :1]),
@@ -92,9 +94,7 @@ TABLE = OpTable(
         bad(ValueError, r"`k` must be on the device of `q` \(cpu\), got meta", k=lambda t: t.to("meta")),
     ],
     bound=bound,
-    inputs=lambda args, kwargs: [
-        *args[:3], *(kwargs[n] for n in ("k_before", "v_before") if n in kwargs)
-    ],  # fmt: skip
+    inputs=lambda args, kwargs: [*args[:3], *(kwargs[n] for n in ("k_before", "v_before") if n in kwargs)],
     gradient_slack=8.0,  # as in few_query_attention
 )
 
@@ -107,7 +107,7 @@ def exact(args, kwargs):
 def unfolded(args, kwargs):
     """Windows cut out by indices, one softmax with a mask."""
     q, k, v, window, stride, offset = args
-    batch, down, across, queries, heads, width = q.shape
+    down, across, width = q.shape[1], q.shape[2], q.shape[5]
     valid = kwargs.get("valid_hw") or k.shape[1:3]
     lines, columns = (
         torch.arange(count)[:, None] * stride[i] + offset[i] + torch.arange(window[i])
@@ -200,7 +200,10 @@ def test_padding_is_never_read_and_has_no_gradient():
 def test_non_finite_keys_spoil_the_windows_that_read_them(value, which):
     args, kwargs = call((3, 4), 3, (9, 12), (4, 3, 0))
     args[which][0, 4, 5, 1, 3] = value
-    out, want = ops.window_gather_attention(*args, **kwargs), reference.window_gather_attention(*args, **kwargs)
+    out, want = (
+        ops.window_gather_attention(*args, **kwargs),
+        reference.window_gather_attention(*args, **kwargs),
+    )
     assert torch.equal(out.isnan(), want.isnan())
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 

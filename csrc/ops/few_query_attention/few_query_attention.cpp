@@ -76,8 +76,9 @@ void describe(AttentionCall& call, const Tensor& q, const Tensor& k, const Tenso
             STD_TORCH_CHECK(size == whole[i] || size == 1, kName, ": `bias` has the wrong shape");
             strides[i] = size == 1 ? 0 : bias->stride(i);
         }
-        STD_TORCH_CHECK((bias->scalar_type() == DType::Double) == (q.scalar_type() == DType::Double),
-                        kName, ": float64 cannot be mixed with other dtypes in one call");
+        STD_TORCH_CHECK(
+            (bias->scalar_type() == DType::Double) == (q.scalar_type() == DType::Double), kName,
+            ": float64 cannot be mixed with other dtypes in one call");
         p.bias = {bias->data_ptr(), strides[0], strides[1],
                   strides[2],       strides[3], float_type(kName, *bias)};
     }
@@ -111,8 +112,9 @@ TensorList few_query_attention_backward(Tensor grad, Tensor grad_lse, Tensor o, 
     call.check_shape(o, {p.batch, p.queries, p.heads, p.width}, "o");
     call.check_shape(lse, {p.batch, p.heads, p.queries}, "lse");
     call.check_shape(grad_lse, {p.batch, p.heads, p.queries}, "grad_lse");
-    STD_TORCH_CHECK(lse.scalar_type() == call.sum_type() && grad_lse.scalar_type() == call.sum_type(),
-                    kName, ": `lse` and its gradient must have the dtype of the sums");
+    STD_TORCH_CHECK(
+        lse.scalar_type() == call.sum_type() && grad_lse.scalar_type() == call.sum_type(), kName,
+        ": `lse` and its gradient must have the dtype of the sums");
     const Tensor slope = call.dense(grad, "grad");
     const Tensor out = call.dense(o, "o");
     const Tensor kept = torch::stable::contiguous(lse);
@@ -127,8 +129,8 @@ TensorList few_query_attention_backward(Tensor grad, Tensor grad_lse, Tensor o, 
     Tensor d_k_before = empty(q, {p.batch, p.before, p.heads, p.width});
     Tensor d_v_before = empty(q, {p.batch, p.before, p.heads, p.width});
     const bool wanted = bias && bias_slope;
-    Tensor d_bias = empty(wanted ? *bias : q, {p.batch, p.heads, p.queries,
-                                               wanted ? p.before + keys : 0});
+    Tensor d_bias =
+        empty(wanted ? *bias : q, {p.batch, p.heads, p.queries, wanted ? p.before + keys : 0});
     p.d_q = dense_rows(d_q);
     p.d_k = dense_keys(d_k);
     p.d_v = dense_keys(d_v);
@@ -143,14 +145,15 @@ TensorList few_query_attention_backward(Tensor grad, Tensor grad_lse, Tensor o, 
 }  // namespace pyvitfast
 
 #if PVF_DEFINES_SCHEMAS
-#define PVF_ATTENTION_ARGUMENTS                                                             \
+#define PVF_ATTENTION_ARGUMENTS                                                              \
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? k_before, Tensor? v_before, float " \
     "scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
     m.def("few_query_attention(" PVF_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
-    m.def("few_query_attention_backward(Tensor grad, Tensor grad_lse, Tensor o, Tensor lse, "
-          PVF_ATTENTION_ARGUMENTS ", bool bias_slope) -> Tensor[]");
+    m.def(
+        "few_query_attention_backward(Tensor grad, Tensor grad_lse, Tensor o, Tensor "
+        "lse, " PVF_ATTENTION_ARGUMENTS ", bool bias_slope) -> Tensor[]");
 }
 #endif
 

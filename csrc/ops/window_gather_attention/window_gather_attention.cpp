@@ -31,8 +31,8 @@ AttentionRows rows_of(const Tensor& tensor) {
 
 // [B, lines, columns, H, D].
 AttentionRows keys_of(const Tensor& tensor) {
-    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1),
-            tensor.stride(2),  0,                tensor.stride(3)};
+    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), 0,
+            tensor.stride(3)};
 }
 
 struct Shapes {
@@ -43,10 +43,9 @@ struct Shapes {
 
 Shapes describe(AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
                 const std::optional<Tensor>& k_before, const std::optional<Tensor>& v_before,
-                const IntList& window, const IntList& stride, const IntList& offset, int64_t valid_h,
-                int64_t valid_w, double scale) {
-    STD_TORCH_CHECK(q.dim() == 6 && k.dim() == 5, kName,
-                    ": `q` must have rank 6 and `k` rank 5");
+                const IntList& window, const IntList& stride, const IntList& offset,
+                int64_t valid_h, int64_t valid_w, double scale) {
+    STD_TORCH_CHECK(q.dim() == 6 && k.dim() == 5, kName, ": `q` must have rank 6 and `k` rank 5");
     STD_TORCH_CHECK(window.size() == 2 && stride.size() == 2 && offset.size() == 2, kName,
                     ": window, stride and offset are two numbers each");
     auto& p = call.params;
@@ -57,9 +56,10 @@ Shapes describe(AttentionCall& call, const Tensor& q, const Tensor& k, const Ten
     const int64_t valid[2] = {valid_h, valid_w};
     for (int axis = 0; axis < 2; ++axis) {
         const auto i = static_cast<size_t>(axis);
-        STD_TORCH_CHECK(set_axis(p, axis, q.size(1 + axis), k.size(1 + axis), valid[axis], window[i],
-                                 stride[i], offset[i]),
-                        kName, ": windows and strides are at least 1, and `valid_hw` at most the grid");
+        STD_TORCH_CHECK(set_axis(p, axis, q.size(1 + axis), k.size(1 + axis), valid[axis],
+                                 window[i], stride[i], offset[i]),
+                        kName,
+                        ": windows and strides are at least 1, and `valid_hw` at most the grid");
     }
     p.scale = scale;
     Shapes shapes{{p.batch, p.windows[0], p.windows[1], p.queries, p.heads, p.width},
@@ -143,14 +143,15 @@ TensorList window_gather_attention_backward(Tensor grad, Tensor o, Tensor lse, T
 }  // namespace pyvitfast
 
 #if PVF_DEFINES_SCHEMAS
-#define PVF_GATHER_ARGUMENTS                                                                  \
-    "Tensor q, Tensor k, Tensor v, Tensor? k_before, Tensor? v_before, int[] key_window, "   \
+#define PVF_GATHER_ARGUMENTS                                                               \
+    "Tensor q, Tensor k, Tensor v, Tensor? k_before, Tensor? v_before, int[] key_window, " \
     "int[] key_stride, int[] key_offset, SymInt valid_h, SymInt valid_w, float scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
     m.def("window_gather_attention(" PVF_GATHER_ARGUMENTS ") -> (Tensor, Tensor)");
-    m.def("window_gather_attention_backward(Tensor grad, Tensor o, Tensor lse, "
-          PVF_GATHER_ARGUMENTS ") -> Tensor[]");
+    m.def(
+        "window_gather_attention_backward(Tensor grad, Tensor o, Tensor lse, " PVF_GATHER_ARGUMENTS
+        ") -> Tensor[]");
 }
 #endif
 

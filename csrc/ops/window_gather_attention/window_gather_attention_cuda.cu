@@ -4,6 +4,7 @@
 namespace pyvitfast {
 
 extern const AttentionCuda window_gather_attention_cuda;
-const AttentionCuda window_gather_attention_cuda{launch_attention_forward, launch_attention_backward};
+const AttentionCuda window_gather_attention_cuda{launch_attention_forward,
+                                                 launch_attention_backward};
 
 }  // namespace pyvitfast
