@@ -20,7 +20,7 @@ from pyvitfast import ops, reference
 
 
 class Shape(NamedTuple):
-    """A grid of tokens, windows of queries, and window, stride and offset of the keys, down and across alike."""
+    """A grid of tokens, windows of queries, and window, stride and offset of the keys on both axes."""
 
     name: str
     grid: tuple[int, int]

@@ -77,8 +77,8 @@ def few_query_attention(
 
     Returns:
         o, [B, H, M, D] in the dtype of ``q``, laid out so that ``o.transpose(1, 2).reshape(B, M, H * D)`` is
-        a view, and lse, [B, H, M], the logarithm of the sum of the exponentials, float32 (float64 for float64).
-        Both are differentiable once with respect to all tensors.
+        a view, and lse, [B, H, M], the logarithm of the sum of the exponentials, float32 (float64 for
+        float64). Both are differentiable once with respect to all tensors.
 
     Raises:
         TypeError: not float tensors, or dtypes that differ outside autocast.
@@ -147,12 +147,12 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     remaining = iter(saved)
     tensors = [next(remaining) if present else None for present in ctx.present]
     bias = tensors[3]
-    bias_slope = bias is not None and ctx.needs_input_grad[3]
+    bias_slope = ctx.present[3] and ctx.needs_input_grad[3]
     slopes = torch.ops.pyvitfast.few_query_attention_backward(
         grad, grad_lse, o, lse, *tensors, ctx.scale, bias_slope
     )
     d_q, d_k, d_v, *before = (slope.transpose(1, 2) for slope in slopes[:5])
-    d_bias = slopes[5].sum_to_size(bias.shape) if bias_slope else None
+    d_bias = slopes[5].sum_to_size(bias.shape) if bias is not None and bias_slope else None
     d_before = before if ctx.present[4] else (None, None)
     return (d_q, d_k, d_v, d_bias, *d_before, None)
 

@@ -93,8 +93,8 @@ def window_gather_attention(
 
     Scores, softmax and sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone,
     so the bits do not depend on threads or runs. NaN and Inf spread as in softmax; a window without a key
-    gives zeros. Autocast leaves tensors of one dtype as they are and brings those of several to its own. On CUDA
-    heads wider than 128 channels take plain torch.
+    gives zeros. Autocast leaves tensors of one dtype as they are and brings those of several to its own. On
+    CUDA heads wider than 128 channels take plain torch.
 
     Source:
         Making Vision Transformers Efficient from A Token Sparsification View (Chang et al., CVPR 2023),
@@ -130,7 +130,7 @@ def window_gather_attention(
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, down, across, queries, heads, _ = q.shape
+    batch, down, across, queries, heads = q.shape[:5]
     lse = q.new_empty((batch, down, across, heads, queries), dtype=_attention.sums(q))
     return q.new_empty(q.shape), lse
 
@@ -153,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     tensors = [*ctx.saved_tensors, *([] if ctx.with_before else [None, None])]
     slopes = torch.ops.pyvitfast.window_gather_attention_backward(grad, *tensors, *ctx.settings)
-    before = slopes[3:] if ctx.with_before else (None, None)
+    before = slopes[3:] if ctx.with_before else [None, None]
     return (*slopes[:3], *before, *[None] * len(ctx.settings))
 
 
