@@ -271,7 +271,7 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
                            int64_t out_stride, bool add, Stream& stream) {
     Wide<A> sums[kRows][kVectors] = {};
     if (add) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
@@ -287,7 +287,7 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
         for (int v = 0; v < kVectors; ++v) {
             vectors[v] = load_wide(right + at * right_stride + v * kWide<A>);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             const Wide<A> scalar = left.data[i * left.row + at * left.col] - Wide<A>{};
 #pragma GCC unroll 4
@@ -297,7 +297,7 @@ PVF_INLINE void outer_tile(Scalars<A> left, const A* right, int64_t right_stride
         }
     }
     stream = ahead;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {

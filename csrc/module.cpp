@@ -13,6 +13,7 @@
 #include "fma_loop.h"
 #include "ops/adaptive_window_pool/adaptive_window_pool.h"
 #include "ops/fake_quantize/fake_quantize.h"
+#include "ops/few_query_attention/few_query_attention.h"
 #include "ops/kron_grow/kron_grow.h"
 #include "ops/linear_cross_attention/linear_cross_attention.h"
 #include "ops/saliency_commit_/saliency_commit_.h"
@@ -23,6 +24,7 @@
 #include "ops/structured_gather/structured_gather.h"
 #include "ops/structured_zero_/structured_zero_.h"
 #include "ops/tensor_ring_grow/tensor_ring_grow.h"
+#include "ops/window_gather_attention/window_gather_attention.h"
 
 namespace py = pybind11;
 
@@ -87,6 +89,24 @@ py::dict growth_plan(const std::string& op, const Shapes& shapes) {
                         elements);
 }
 
+// One head: (groups, queries), (keys, channels), and for windows (tokens of the grid, 1), which are
+// read once however many windows share them.
+py::dict attention_plan(const std::string& op, const Shapes& shapes) {
+    using namespace pyvitfast;
+    const bool windows = op == "window_gather_attention";
+    if (shapes.size() != (windows ? 3 : 2)) {
+        throw py::value_error("launch_plan: " + op + " takes " + (windows ? "3" : "2") +
+                              " shapes, got " + std::to_string(shapes.size()));
+    }
+    const auto [groups, queries] = shapes[0];
+    const auto [keys, width] = shapes[1];
+    const int64_t splits = attention_cuda_splits(groups, queries, keys);
+    const int64_t read = windows ? shapes[2].first : groups * keys;
+    return plan(splits > 1 ? 2 : 1, groups * splits * tiles_along(queries, kAttentionQueries),
+                kAttentionThreads, attention_forward_shared(width, false),
+                4 * (2 * width * (read + groups * queries) + groups * queries));
+}
+
 // What the CUDA launchers would do with float32 tensors of these shapes; the same on every
 // architecture.
 py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
@@ -110,6 +130,9 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
             least += 4 * (tokens * channels + 2 * heads * channels + channels);
         }
         return plan(splits > 1 ? 7 : 6, blocks, kCrossAttentionThreads, shared, least);
+    }
+    if (op == "few_query_attention" || op == "window_gather_attention") {
+        return attention_plan(op, shapes);
     }
     if (op == "kron_grow" || op == "tensor_ring_grow") {
         return growth_plan(op, shapes);
@@ -232,5 +255,8 @@ PYBIND11_MODULE(_C, m) {
         "scaled_sqnorm, spsa_perturb, spsa_update_, fake_quantize: one scale a tensor, one "
         "direction, float32 levels, forward only. kron_grow: (T, T), (L1, L2), (O1, I1), (O2, I2), "
         "shared factors; tensor_ring_grow: (L1, B1), (O1, I1), (L2, B2), (O2, I2), (R1, R2), (R3, "
-        "R4); blocks are those of the last product.");
+        "R4); blocks are those of the last product. few_query_attention: (groups, queries), (keys, "
+        "channels), a group being a head of an entry; window_gather_attention: the same and "
+        "(tokens, "
+        "1) of the grid; the forward, with dynamic shared memory.");
 }

@@ -13,6 +13,8 @@ namespace pyvitfast::device {
 // As the language's own functions, so that results do not depend on -use_fast_math.
 PVF_DEVICE float exp2(float x) { return ::exp2f(x); }
 PVF_DEVICE double exp2(double x) { return ::exp2(x); }
+PVF_DEVICE float log(float x) { return ::logf(x); }
+PVF_DEVICE double log(double x) { return ::log(x); }
 PVF_DEVICE float rsqrt(float x) { return ::rsqrtf(x); }
 PVF_DEVICE double rsqrt(double x) { return ::rsqrt(x); }
 PVF_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -75,6 +77,8 @@ PVF_DEVICE void cp_async_wait() {
 
 inline float exp2(float x) { return std::exp2(x); }
 inline double exp2(double x) { return std::exp2(x); }
+inline float log(float x) { return std::log(x); }
+inline double log(double x) { return std::log(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }

@@ -16,6 +16,7 @@ STATUS = _lib.load(__version__)
 
 from pyvitfast.ops.adaptive_window_pool import adaptive_window_pool  # noqa: E402
 from pyvitfast.ops.fake_quantize import fake_quantize  # noqa: E402
+from pyvitfast.ops.few_query_attention import few_query_attention  # noqa: E402
 from pyvitfast.ops.kron_grow import kron_grow  # noqa: E402
 from pyvitfast.ops.linear_cross_attention import linear_cross_attention  # noqa: E402
 from pyvitfast.ops.saliency_commit_ import saliency_commit_  # noqa: E402
@@ -26,10 +27,12 @@ from pyvitfast.ops.spsa_update_ import spsa_update_  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
 from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
 from pyvitfast.ops.tensor_ring_grow import tensor_ring_grow  # noqa: E402
+from pyvitfast.ops.window_gather_attention import window_gather_attention  # noqa: E402
 
 __all__ = [
     "adaptive_window_pool",
     "fake_quantize",
+    "few_query_attention",
     "kron_grow",
     "linear_cross_attention",
     "saliency_commit_",
@@ -40,6 +43,7 @@ __all__ = [
     "structured_gather",
     "structured_zero_",
     "tensor_ring_grow",
+    "window_gather_attention",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from pyvitfast.reference.adaptive_window_pool import adaptive_window_pool
 from pyvitfast.reference.fake_quantize import fake_quantize
+from pyvitfast.reference.few_query_attention import few_query_attention
 from pyvitfast.reference.kron_grow import kron_grow
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
@@ -12,10 +13,12 @@ from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
 from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
+from pyvitfast.reference.window_gather_attention import window_gather_attention
 
 __all__ = [
     "adaptive_window_pool",
     "fake_quantize",
+    "few_query_attention",
     "kron_grow",
     "linear_cross_attention",
     "saliency_commit_",
@@ -26,4 +29,5 @@ __all__ = [
     "structured_gather",
     "structured_zero_",
     "tensor_ring_grow",
+    "window_gather_attention",
 ]

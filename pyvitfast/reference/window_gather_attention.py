@@ -23,7 +23,7 @@ def window_gather_attention(
 
     A window at a time, as the formula reads.
     """
-    batch, down, across, _, heads, width = q.shape
+    down, across, width = q.shape[1], q.shape[2], q.shape[5]
     height, breadth = (k.shape[1], k.shape[2]) if valid_hw is None else valid_hw
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = width**-0.5 if scale is None else scale
@@ -34,8 +34,8 @@ def window_gather_attention(
             left = b * key_stride[1] + key_offset[1]
             down_to, right_to = min(top + key_window[0], height), min(left + key_window[1], breadth)
             within = slice(max(top, 0), max(down_to, 0)), slice(max(left, 0), max(right_to, 0))
-            keys = k[:, within[0], within[1]].reshape(batch, -1, heads, width)
-            values = v[:, within[0], within[1]].reshape(batch, -1, heads, width)
+            keys = k[:, within[0], within[1]].flatten(1, 2)
+            values = v[:, within[0], within[1]].flatten(1, 2)
             if k_before is not None and v_before is not None:
                 keys = torch.cat([k_before[:, a, b], keys], dim=1)
                 values = torch.cat([v_before[:, a, b], values], dim=1)

@@ -223,6 +223,16 @@ def grown(op, size):
         return (torch.randn(size, 8), torch.randn(size, size + 1, 8), *torch.randn(4, 8, 8)), {"num_heads": 2}
     if op == "adaptive_window_pool":
         return (torch.randn(size, 6, 7, 4), (3, 3), "learned", torch.randn(size, 9, 2, 3)), {}
+    if op == "few_query_attention":
+        return (torch.randn(size, 2, 3, 4), *torch.randn(2, size, 2, size + 1, 4)), {}
+    if op == "window_gather_attention":
+        return (
+            torch.randn(size, 2, 2, 3, 1, 4),
+            *torch.randn(2, size, size, size, 1, 4),
+            (3, 3),
+            (2, 2),
+            (0, 0),
+        ), {}
     if op == "tensor_ring_grow":
         cores = [torch.randn(1, 2, 3, 2), torch.randn(2, size, size, 1), torch.randn(1, 2, 2, 1)]
         return (torch.randn(2, 2, size, size), *cores, torch.randn(1, size, size, 1)), {}

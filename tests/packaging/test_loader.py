@@ -149,6 +149,8 @@ calls = {
     'adaptive_window_pool': (w[None, None], (1, 1)),
     'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
     'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
+    'few_query_attention': [torch.ones(1, 1, 1, 1)] * 3,
+    'window_gather_attention': (torch.ones([1] * 6), *[torch.ones([1] * 5)] * 2, *[(1, 1)] * 3),
 }
 noise = {'seed': 0, 'one_minus_beta': 0.5}
 options = {
@@ -337,6 +339,21 @@ class TestLaunchPlan:
         for op in ("kron_grow", "tensor_ring_grow"):
             with pytest.raises(ValueError, match=f"{op} takes [46] shapes, got 1"):
                 plan(op, [(1, 1)])
+
+    def test_attention(self, plan):
+        """STViT-S at 196 tokens, batch 1 and 32, and the first layer of detection."""
+        one = plan("few_query_attention", [(6, 16), (196, 64)])
+        assert (one["launches"], one["blocks"]) == (2, 18)  # three splits of 64 keys and more
+        # 16 queries and two tiles of 64 keys in rows of 68 floats, and 16 x 64 weights.
+        assert one["shared_bytes"] == 4 * (144 * 68 + 1024)
+        many = plan("few_query_attention", [(192, 100), (196, 64)])
+        assert (many["launches"], many["blocks"]) == (1, 192 * 7)
+        assert many["least_bytes"] == 4 * 192 * (2 * 64 * 296 + 100)
+        gather = plan("window_gather_attention", [(288, 9), (196, 32), (3 * 56 * 84, 1)])
+        assert gather["blocks"] == 288
+        assert gather["least_bytes"] == 4 * (64 * (3 * 56 * 84 + 288 * 9) + 288 * 9)
+        with pytest.raises(ValueError, match="window_gather_attention takes 3 shapes, got 1"):
+            plan("window_gather_attention", [(1, 1)])
 
     @pytest.mark.parametrize(
         ("op", "most"), [("saliency_rowcol", 320), ("structured_zero_", 440), ("structured_gather", 230)]
