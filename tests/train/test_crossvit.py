@@ -141,13 +141,16 @@ class TestRecipe:
         assert resolve(Path("crossvit")).epochs == 7
 
     def test_an_unknown_one_is_told_with_those_that_are(self) -> None:
-        with pytest.raises(UserError, match=r"no recipe of that name \(crossvit\)\. Did you mean 'crossvit'"):
+        with pytest.raises(
+            UserError,
+            match=r"no recipe of that name \(crossvit, stvit, stvit_swin\)\. Did you mean 'crossvit'",
+        ):
             resolve(Path("crosvit"))
         with pytest.raises(UserError, match=r"--config sub/crossvit: no such file"):
             resolve(Path("sub/crossvit"))
 
     def test_all_can_be_read(self) -> None:
-        assert recipe_names() == ["crossvit"]
+        assert recipe_names() == ["crossvit", "stvit", "stvit_swin"]
         for name in recipe_names():
             settings = resolve(Path(name), flags={"data": "x"})
             assert timm.is_model(settings.model)
