@@ -327,7 +327,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             value = float(value)
     # NaN compares false with everything and would slip through some of the range checks.
     finite = not isinstance(value, float) or abs(value) < float("inf")
-    if plain is str and isinstance(value, int) and not isinstance(value, bool):
+    if name == "tokens" and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # YAML reads 4 as a number
     if isinstance(value, plain) and finite and (plain is bool or not isinstance(value, bool)):
         return value

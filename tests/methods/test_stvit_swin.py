@@ -151,7 +151,7 @@ class TestWindows:
     def test_a_window_over_everything_is_global_attention(self):
         b, x = block(), torch.randn(2, 14, 14, 12).double()
         queries = torch.randn(2, 2, 2, 9, 12).double()
-        reach = Reach((14, 14), (0, 0), (0, 0))
+        reach = Reach((28, 28), (1, 1), (-7, -7))
         got = b.gather(queries, x, reach, shortcut=queries)
         flat = queries.flatten(1, 3)
         want = b.everywhere(flat, x.flatten(1, 2), shortcut=flat).view_as(queries)
