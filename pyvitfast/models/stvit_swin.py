@@ -21,7 +21,7 @@ from pyvitfast.models.stvit import cross_attention
 STEMS = ("conv", "patch")
 WINDOW_POOLS = ("max", "avg")
 LAYOUTS = ("auto", "global", "windows")
-COMPATS = ("none", "cls", "det")
+COMPATS = ("none", "cls")
 UNIT = 6  # blocks of a dumbbell unit
 STAGE = 2  # the stage whose tokens become semantic ones
 
@@ -43,8 +43,8 @@ class WindowTokensConfig:
             semantic tokens to recover, as in the detection code, at a cost linear in the image. ``auto``
             takes the first for a third stage of at most 2 by 2 windows.
         compat: ``cls`` leaves out the residual of the module's first block, as the classification code does;
-            ``det`` masks padding as the detection code does, wrongly for most sizes; ``none`` has the
-            residual and never attends to padding.
+            ``none`` has it. There is no switch for the detection code's masks of padding, which are wrong for
+            most sizes.
         layer_scale: first value of LayerScale in all blocks on semantic tokens; None has none.
 
     Raises:
@@ -78,8 +78,6 @@ class WindowTokensConfig:
                 )
         if self.base < 0:
             raise ValueError(f"WindowTokensConfig: `base` must be at least 0, got {self.base}.")
-        if self.compat == "det" and not self.recover:
-            raise ValueError('WindowTokensConfig: compat="det" is of STViT-R; it needs recover=True.')
 
     @property
     def count(self) -> int:
