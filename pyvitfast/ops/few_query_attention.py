@@ -12,6 +12,7 @@ from pyvitfast.ops import _attention, _checks
 from pyvitfast.reference.few_query_attention import few_query_attention as reference
 
 NAME = "few_query_attention"
+_OP = _checks.call(NAME) if _checks.defined() else None
 
 
 def _check(
@@ -100,6 +101,20 @@ def few_query_attention(
         >>> o.item() * 7, lse.exp().item()  # doctest: +ELLIPSIS
         (17.0..., 7.0...)
     """
+    if scale is not None:
+        scale = _attention.number(NAME, "scale", scale)
+    try:
+        plain = bias is None and k_before is None and q.dtype == k.dtype == v.dtype and _attention.fits(q)
+        if plain:
+            op = _OP or _checks.call(NAME)
+            o, lse = op(q, k, v, None, None, v_before, q.shape[3] ** -0.5 if scale is None else scale)
+            return o.transpose(1, 2), lse
+    except ImportError:
+        raise
+    except Exception:
+        # The kernels' own checks are enough, and free; these here find the words.
+        _check(q, k, v, bias, k_before, v_before)
+        raise
     op = _checks.call(NAME)
     _check(q, k, v, bias, k_before, v_before)
     named = [("q", q), ("k", k), ("v", v)]
@@ -107,7 +122,7 @@ def few_query_attention(
         named += [("k_before", k_before), ("v_before", v_before)]
     q, k, v, *before = _attention.mixed_dtypes(NAME, named)
     k_before, v_before = before or (None, None)
-    scale = q.shape[3] ** -0.5 if scale is None else _attention.number(NAME, "scale", scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     if not _attention.fits(q):
         return reference(q, k, v, bias, k_before=k_before, v_before=v_before, scale=scale)
     if bias is not None:
@@ -119,6 +134,7 @@ def few_query_attention(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Any, k_before: Any, v_before: Any, scale: float
 ) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, bias, k_before, v_before)
     batch, heads, queries, width = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=_attention.sums(q))
     return q.new_empty((batch, queries, heads, width)), lse
