@@ -1,11 +1,12 @@
 #pragma once
 
-// Working memory of the CPU kernels, and rows of any dtype brought into it.
+// Rows of tensors in the CPU kernels: conversion, LayerNorm, and memory to work in.
 
-#include <cstdint>
 #include <cstdlib>
 
-#include "cpu_vector.h"
+#include "cpu_matmul.h"
+#include "float_type.h"
+#include "portable/layer_norm.h"
 
 namespace pyvitfast::PVF_CPU_CAPABILITY {
 
@@ -52,6 +53,89 @@ template <typename A, typename T>
 PVF_INLINE void narrow_row(const A* from, int64_t count, T* to) {
     for (int64_t i = 0; i < count; ++i) {
         to[i] = from_float<T>(static_cast<Accumulate<T>>(from[i]));
+    }
+}
+
+template <typename A>
+struct Moments {
+    A mean;
+    A rstd;
+};
+
+// In two passes: the variance of a row with a large mean would be lost in one.
+template <typename A>
+PVF_INLINE Moments<A> moments_of(const A* row, int64_t count, double eps) {
+    constexpr int kSums = 4;
+    const auto summed = [&](const auto& of) {
+        Wide<A> sums[kSums] = {};
+        int64_t i = 0;
+        for (; i + kSums * kWide<A> <= count; i += kSums * kWide<A>) {
+#pragma GCC unroll 4
+            for (int s = 0; s < kSums; ++s) {
+                sums[s] = of(load_wide(row + i + s * kWide<A>), sums[s]);
+            }
+        }
+        for (; i + kWide<A> <= count; i += kWide<A>) {
+            sums[0] = of(load_wide(row + i), sums[0]);
+        }
+        A total = sum_of<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        for (; i < count; ++i) {
+            total += of(row[i] - Wide<A>{}, Wide<A>{})[0];
+        }
+        return total;
+    };
+    const A mean = summed([](Wide<A> x, Wide<A> sum) { return sum + x; }) / static_cast<A>(count);
+    const A variance =
+        summed([&](Wide<A> x, Wide<A> sum) { return multiply_add(x - mean, x - mean, sum); }) /
+        static_cast<A>(count);
+    return {mean, A(1) / std::sqrt(variance + static_cast<A>(eps))};
+}
+
+template <typename A>
+PVF_INLINE void normalize_row(const A* from, int64_t count, Moments<A> moments, A* to) {
+    int64_t i = 0;
+    for (; i + kWide<A> <= count; i += kWide<A>) {
+        store_unaligned(to + i, (load_wide(from + i) - moments.mean) * moments.rstd);
+    }
+    for (; i < count; ++i) {
+        to[i] = (from[i] - moments.mean) * moments.rstd;
+    }
+}
+
+template <typename A>
+PVF_INLINE A dot_of(const A* a, const A* b, int64_t count) {
+    Wide<A> sums = {};
+    int64_t i = 0;
+    for (; i + kWide<A> <= count; i += kWide<A>) {
+        sums = multiply_add(load_wide(a + i), load_wide(b + i), sums);
+    }
+    A total = sum_of<A>(sums);
+    for (; i < count; ++i) {
+        total += a[i] * b[i];
+    }
+    return total;
+}
+
+// The slope of a row before LayerNorm, in place of that after it.
+template <typename A>
+PVF_INLINE void norm_backward(A* slope, const A* hat, A rstd, int64_t count) {
+    Wide<A> sums = {};
+    Wide<A> products = {};
+    int64_t i = 0;
+    for (; i + kWide<A> <= count; i += kWide<A>) {
+        sums += load_wide(slope + i);
+        products = multiply_add(load_wide(slope + i), load_wide(hat + i), products);
+    }
+    A mean_slope = sum_of<A>(sums);
+    A mean_product = sum_of<A>(products);
+    for (; i < count; ++i) {
+        mean_slope += slope[i];
+        mean_product += slope[i] * hat[i];
+    }
+    mean_slope /= static_cast<A>(count);
+    mean_product /= static_cast<A>(count);
+    for (i = 0; i < count; ++i) {
+        slope[i] = norm_slope(slope[i], hat[i], rstd, mean_slope, mean_product);
     }
 }
 

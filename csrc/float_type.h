@@ -46,4 +46,14 @@ PVF_HOST_DEVICE void with_float_summed_in(FloatType type, const F& f) {
     }
 }
 
+// Entry `at` of an array of parameters that are of A in this call; null stays null.
+template <typename A>
+PVF_HOST_DEVICE A* part(void* array, int64_t at) {
+    return array == nullptr ? nullptr : static_cast<A*>(array) + at;
+}
+template <typename A>
+PVF_HOST_DEVICE const A* part(const void* array, int64_t at) {
+    return array == nullptr ? nullptr : static_cast<const A*>(array) + at;
+}
+
 }  // namespace pyvitfast

@@ -22,6 +22,7 @@ from pyvitfast.ops.linear_cross_attention import linear_cross_attention  # noqa:
 from pyvitfast.ops.saliency_commit_ import saliency_commit_  # noqa: E402
 from pyvitfast.ops.saliency_rowcol import saliency_rowcol  # noqa: E402
 from pyvitfast.ops.scaled_sqnorm import scaled_sqnorm  # noqa: E402
+from pyvitfast.ops.semantic_pool_attention import semantic_pool_attention  # noqa: E402
 from pyvitfast.ops.spsa_perturb import spsa_perturb  # noqa: E402
 from pyvitfast.ops.spsa_update_ import spsa_update_  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "saliency_commit_",
     "saliency_rowcol",
     "scaled_sqnorm",
+    "semantic_pool_attention",
     "spsa_perturb",
     "spsa_update_",
     "structured_gather",

@@ -8,6 +8,7 @@ from pyvitfast.reference.linear_cross_attention import linear_cross_attention
 from pyvitfast.reference.saliency_commit_ import saliency_commit_
 from pyvitfast.reference.saliency_rowcol import saliency_rowcol
 from pyvitfast.reference.scaled_sqnorm import scaled_sqnorm
+from pyvitfast.reference.semantic_pool_attention import semantic_pool_attention
 from pyvitfast.reference.spsa_perturb import spsa_perturb
 from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
@@ -24,6 +25,7 @@ __all__ = [
     "saliency_commit_",
     "saliency_rowcol",
     "scaled_sqnorm",
+    "semantic_pool_attention",
     "spsa_perturb",
     "spsa_update_",
     "structured_gather",

@@ -32,7 +32,7 @@ def semantic_pool_attention(
     """
     if tokens_before is not None:
         tokens = torch.cat([tokens_before, tokens], dim=1)  # [B, K + N, C]
-    batch, _, channels = tokens.shape
+    channels = tokens.shape[2]
     if norm_weight is not None:
         query = F.layer_norm(query, (channels,), norm_weight, norm_bias, eps)
         tokens = F.layer_norm(tokens, (channels,), norm_weight, norm_bias, eps)
@@ -40,9 +40,9 @@ def semantic_pool_attention(
     scale = width**-0.5 if scale is None else scale
 
     def heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias).view(batch, -1, num_heads, width).transpose(1, 2)
+        return F.linear(x, weight, bias).unflatten(2, (num_heads, width)).transpose(1, 2)
 
     q, k, v = heads(query, q_weight, q_bias), heads(tokens, k_weight, k_bias), heads(tokens, v_weight, v_bias)
     attention = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)  # [B, H, M, K + N]
-    mixed = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)  # [B, M, C]
+    mixed = (attention @ v).transpose(1, 2).flatten(2)  # [B, M, C]
     return F.linear(mixed, proj_weight, proj_bias)

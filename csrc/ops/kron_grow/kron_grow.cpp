@@ -2,7 +2,7 @@
 
 #include <numeric>
 
-#include "growth.h"
+#include "products.h"
 
 namespace pyvitfast {
 

@@ -98,12 +98,6 @@ struct CrossAttentionParams {
     void* d_beta_rows;   // [B, C]; null likewise
 };
 
-// Entry `at` of an array of the parameters; null stays null.
-template <typename A>
-PVF_HOST_DEVICE A* part(void* array, int64_t at) {
-    return array == nullptr ? nullptr : static_cast<A*>(array) + at;
-}
-
 // What the CUDA kernels hold of an image at once must fit in the shared memory of the smallest
 // supported multiprocessor that allows 163 KB a block.
 constexpr int64_t kCrossAttentionMostShared = 163 * 1024;

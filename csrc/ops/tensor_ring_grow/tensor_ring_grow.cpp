@@ -1,6 +1,6 @@
 #include "ops/tensor_ring_grow/tensor_ring_grow.h"
 
-#include "growth.h"
+#include "products.h"
 
 namespace pyvitfast {
 

@@ -1,7 +1,6 @@
 #pragma once
 
-// What the adaptors of the growth ops share: matrices read out of tensors, and their products on
-// either backend.
+// Matrices read out of tensors, and their products on either backend, for the adaptors.
 
 #include <algorithm>
 

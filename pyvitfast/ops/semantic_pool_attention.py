@@ -1,0 +1,282 @@
+"""Attention of a few queries an image over all tokens, without keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from pyvitfast.ops import _checks
+
+NAME = "semantic_pool_attention"
+NAMES = (
+    "query", "tokens_before", "tokens", "q_weight", "k_weight", "v_weight", "proj_weight",
+    "q_bias", "k_bias", "v_bias", "proj_bias", "norm_weight", "norm_bias",
+)  # fmt: skip
+_REQUIRED = (0, 2, 3, 4, 5, 6)
+# What a multiply-accumulate of the absorbed form costs in those of the plain one, measured on the CPU.
+_ABSORBED_COST = 1.0
+_MOST_CUDA_CHANNELS = {torch.float64: 352}  # that shared memory holds
+_MOST_CUDA_CHANNELS_ELSE = 768
+
+
+def absorbed_macs(queries: int, rows: int, channels: int, num_heads: int) -> int:
+    """Multiply-accumulates an image without keys and values: 4 M C^2 + 2 H M R C for R rows."""
+    return 4 * queries * channels**2 + 2 * num_heads * queries * rows * channels
+
+
+def plain_macs(queries: int, rows: int, channels: int) -> int:
+    """Multiply-accumulates an image with keys and values: 2 M C^2 + 2 R C^2 + 2 M R C."""
+    return 2 * (queries + rows) * channels**2 + 2 * queries * rows * channels
+
+
+def absorbs(queries: int, rows: int, channels: int, num_heads: int) -> bool:
+    """Whether keys and values of ``rows`` rows would cost more than the absorbed form."""
+    absorbed = _ABSORBED_COST * absorbed_macs(queries, rows, channels, num_heads)
+    return rows > 0 and absorbed <= plain_macs(queries, rows, channels)
+
+
+def _fits(tokens: Tensor) -> bool:
+    """Whether the CUDA kernels can hold their rows in shared memory; the CPU has no such limit."""
+    most = _MOST_CUDA_CHANNELS.get(tokens.dtype, _MOST_CUDA_CHANNELS_ELSE)
+    return tokens.device.type != "cuda" or tokens.shape[2] <= most
+
+
+def _autocast(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def _check(inputs: tuple[Tensor | None, ...], num_heads: int) -> None:
+    present: dict[str, Tensor] = {}
+    for index, (name, value) in enumerate(zip(NAMES, inputs, strict=True)):
+        if value is not None or index in _REQUIRED:
+            _checks.float_tensors(NAME, [(name, value)])
+            assert value is not None
+            present[name] = value
+    query = present["query"]
+    if query.ndim != 3:
+        raise ValueError(f"{NAME}: `query` must have shape [B, M, C], got {list(query.shape)}.")
+    batch, _, channels = query.shape
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int | torch.SymInt):
+        raise TypeError(f"{NAME}: `num_heads` must be a whole number, got {type(num_heads).__name__}.")
+    if num_heads < 1 or channels < 1 or channels % num_heads:
+        raise ValueError(f"{NAME}: `num_heads` must divide the {channels} channels, got {num_heads}.")
+    for name, tensor in present.items():
+        if name.startswith("tokens"):
+            if tensor.ndim != 3 or tensor.shape[0] != batch or tensor.shape[2] != channels:
+                raise ValueError(
+                    f"{NAME}: `{name}` must have shape [B, N, C] with the B and C of `query` "
+                    f"{list(query.shape)}, got {list(tensor.shape)}."
+                )
+        elif name != "query":
+            matrix = name.endswith("_weight") and name != "norm_weight"
+            if tuple(tensor.shape) != ((channels, channels) if matrix else (channels,)):
+                rule = "[C, C]" if matrix else "[C]"
+                raise ValueError(
+                    f"{NAME}: `{name}` must have shape {rule}, C {channels}, got {list(tensor.shape)}."
+                )
+    if "norm_bias" in present and "norm_weight" not in present:
+        raise ValueError(f"{NAME}: `norm_bias` needs `norm_weight`; ones give LayerNorm without a factor.")
+    _checks.same_device(NAME, list(present.items()))
+    mixed = _autocast(query.device.type)
+    for name, tensor in present.items():
+        if tensor.dtype == query.dtype:
+            continue
+        # LayerNorm often keeps float32 parameters in a 16-bit model, as torch allows.
+        loose = mixed or name.startswith("norm")
+        if torch.float64 in (tensor.dtype, query.dtype) or not loose:
+            want, got = (str(t.dtype).removeprefix("torch.") for t in (query, tensor))
+            raise TypeError(
+                f"{NAME}: `{name}` must have the dtype of `query`, {want}, got {got}; autocast may mix all "
+                "but float64."
+            )
+
+
+def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps: float) -> Tensor:
+    """Keys and values after all, by torch's own products."""
+    query, before, tokens, q_weight, k_weight, v_weight, proj_weight, *rest = inputs
+    q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias = rest
+    assert query is not None and tokens is not None and proj_weight is not None
+    channels = query.shape[2]
+
+    def normal(x: Tensor) -> Tensor:
+        if norm_weight is None:
+            return x
+        bias = None if norm_bias is None else norm_bias.to(x.dtype)
+        return F.layer_norm(x, (channels,), norm_weight.to(x.dtype), bias, eps)
+
+    def heads(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return F.linear(x, weight, bias).unflatten(2, (num_heads, channels // num_heads)).transpose(1, 2)
+
+    rows = normal(tokens if before is None else torch.cat([before, tokens], dim=1))
+    q, k, v = heads(normal(query), q_weight, q_bias), heads(rows, k_weight, k_bias), heads(rows, v_weight, v_bias)
+    mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+
+
+def semantic_pool_attention(
+    query: Tensor,
+    tokens: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    proj_weight: Tensor,
+    *,
+    num_heads: int,
+    tokens_before: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Multi-head attention of M queries an image over the rows [tokens_before; tokens].
+
+    With P the queries and X the rows, after one shared LayerNorm where ``norm_weight`` is given, and
+    :math:`W_j` the rows of head j:
+
+    :math:`U_j = s\,(P W_q^\top + b_q)_j W_{k,j}`, :math:`A_j = \text{softmax}(U_j X^\top)`,
+    :math:`O_j = (A_j X) W_{v,j}^\top + b_{v,j}`, result :math:`O W_o^\top + b_o`.
+
+    That is ordinary cross-attention with the key and value layers moved to the side of the M queries: neither
+    keys, values nor normalised rows exist beyond a tile, and the rows are never concatenated.
+
+    Args:
+        query: [B, M, C], float32, bfloat16, float16 or float64.
+        tokens: [B, N, C] of the same dtype; any strides, and no copy where the channels are neighbours.
+        q_weight: [C, C], rows are outputs, head after head.
+        k_weight: [C, C].
+        v_weight: [C, C].
+        proj_weight: [C, C] of the output layer.
+        num_heads: H, a divisor of C.
+        tokens_before: [B, K, C] further rows that stand before the tokens, or None.
+        q_bias: [C] or None.
+        k_bias: [C] or None. It shifts all scores of a query alike, so it has no effect and, where keys are
+            not computed, a gradient of exact zeros.
+        v_bias: [C] or None.
+        proj_bias: [C] or None.
+        norm_weight: [C], or None for rows and queries that are normalised already. May be float32 beside
+            16-bit tokens.
+        norm_bias: [C] or None.
+        eps: added to the variance in LayerNorm.
+        scale: softmax scale s, by default :math:`(C / H)^{-1/2}`.
+
+    Returns:
+        [B, M, C] in the dtype of ``query``, or of autocast where that is active, without the residual;
+        differentiable once with respect to all tensors.
+
+    Raises:
+        TypeError: not float tensors, or dtypes that differ outside autocast.
+        ValueError: shapes or devices that do not match, or heads that do not divide C.
+
+    Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
+    depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
+    and values cost fewer multiply-accumulates, about M above C / (H - 1), they are computed, in plain torch
+    and the dtype of the inputs; on CUDA also above 768 channels, or 352 in float64.
+
+    Source:
+        STViT (Chang et al., CVPR 2023), section 3.2, eq. 1 and 2; the order of the products is ours.
+
+    Example:
+        >>> eye, zero = torch.eye(4), torch.zeros(4, 4)
+        >>> query, tokens = torch.ones(1, 1, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> pyvitfast.ops.semantic_pool_attention(query, tokens, zero, eye, eye, eye, num_heads=1)
+        tensor([[[6., 7., 8., 9.]]])
+    """
+    inputs = (
+        query, tokens_before, tokens, q_weight, k_weight, v_weight, proj_weight,
+        q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias,
+    )  # fmt: skip
+    _check(inputs, num_heads)
+    channels = query.shape[2]
+    scale = (channels // num_heads) ** -0.5 if scale is None else scale
+    rows = tokens.shape[1] + (0 if tokens_before is None else tokens_before.shape[1])
+    op = _checks.call(NAME)
+    if not (absorbs(query.shape[1], rows, channels, num_heads) and _fits(tokens)):
+        return _plain(inputs, num_heads, scale, eps)
+    keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+    result: Tensor = op(*inputs, num_heads, eps, scale, keep)[0]
+    if _autocast(query.device.type) and result.dtype != torch.float64:
+        result = result.to(torch.get_autocast_dtype(query.device.type))
+    return result
+
+
+def _fake(query: Tensor, before: Tensor | None, tokens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _check((query, before, tokens, *rest[:10]), rest[10])
+    norm_weight, num_heads, keep = rest[8], rest[10], rest[13]
+    batch, queries, channels = query.shape
+    rows = tokens.shape[1] + (0 if before is None else before.shape[1])
+    sums = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    wide = num_heads * queries
+    shapes: list[tuple[int, ...]] = [
+        (batch, queries, channels), (batch, queries, channels), (batch, wide, channels), (2, batch, wide),
+        (0 if norm_weight is None else 2, batch, rows),
+    ]  # fmt: skip
+    kept = [query.new_empty(shape if keep else (0,), dtype=sums) for shape in shapes]
+    return query.new_empty((batch, queries, channels)), *kept
+
+
+def _fake_backward(grad: Tensor, *saved: Any) -> list[Tensor]:
+    query, before, tokens, *parameters = saved[5:18]
+    weights, biases, norm = parameters[:4], parameters[4:8], parameters[8:]
+    channels = query.shape[2]
+    dense = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, tokens, *weights)]
+    none = tokens.new_empty((0, 0, channels))
+    first = none if before is None else torch.empty_like(before, memory_format=torch.contiguous_format)
+    slopes = [(w if b is None else b).new_empty((channels,)) for w, b in zip(weights, biases, strict=True)]
+    size = 0 if norm[0] is None else channels
+    slopes += [(weights[0] if n is None else n).new_empty((size,)) for n in norm]
+    return [dense[0], first, *dense[1:], *slopes]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.settings, ctx.keep = inputs[:13], inputs[13:16], inputs[16]
+    ctx.present = [t is not None for t in tensors]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *(t for t in tensors if t is not None))
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    kept, remaining = ctx.saved_tensors[:5], iter(ctx.saved_tensors[5:])
+    tensors = [next(remaining) if present else None for present in ctx.present]
+    if not ctx.keep:
+        _, *kept = torch.ops.pyvitfast.semantic_pool_attention(*tensors, *ctx.settings, True)
+    slopes = torch.ops.pyvitfast.semantic_pool_attention_backward(grad, *kept, *tensors, *ctx.settings)
+    wanted = [s if present else None for s, present in zip(slopes, ctx.present, strict=True)]
+    return (*wanted, None, None, None, None)
+
+
+def _refuse_second(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("semantic_pool_attention_backward: second derivatives are not supported.")
+
+
+def _sizes(query: Any, before: Any, tokens: Any) -> tuple[int, int, int, int]:
+    return query[0], query[1], tokens[1] + (0 if before is None else before[1]), query[2]
+
+
+def _flops(query: Any, before: Any, tokens: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Of the absorbed form; a multiply-accumulate counts as two, LayerNorm and softmax not at all."""
+    batch, queries, rows, channels = _sizes(query, before, tokens)
+    return 2 * batch * absorbed_macs(queries, rows, channels, rest[10])
+
+
+def _flops_backward(grad: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Scores and queries against W_k once more, and two products for each of the forward's."""
+    batch, queries, rows, channels = _sizes(*rest[5:8])
+    return 2 * batch * (9 * queries * channels**2 + 5 * rest[18] * queries * rows * channels)
+
+
+if _checks.defined():
+    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
+    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
+    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
+    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+    register_flop_formula(torch.ops.pyvitfast.semantic_pool_attention)(_flops)
+    register_flop_formula(torch.ops.pyvitfast.semantic_pool_attention_backward)(_flops_backward)
