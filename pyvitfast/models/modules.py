@@ -57,10 +57,6 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def kernel(name: str, device: torch.device) -> Callable[..., Any]:
     """Op ``name`` or its reference; without the lookup of ``ops.implementation``, which has no trace."""
-    if name not in ops.__all__:  # TEMP
-        import importlib
-
-        return getattr(importlib.import_module("pyvitfast.reference." + name), name)
     if ops.available(name, device):
         compiled: Callable[..., Any] = getattr(ops, name)
         return compiled

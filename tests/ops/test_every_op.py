@@ -221,6 +221,9 @@ def test_growing_a_size_does_not_recompile_without_end(table):
 def grown(op, size):
     if op == "linear_cross_attention":
         return (torch.randn(size, 8), torch.randn(size, size + 1, 8), *torch.randn(4, 8, 8)), {"num_heads": 2}
+    if op == "semantic_pool_attention":
+        # Few enough queries for the absorbed form at all sizes.
+        return (torch.randn(size, 1, 8), torch.randn(size, 20, 8), *torch.randn(4, 8, 8)), {"num_heads": 2}
     if op == "adaptive_window_pool":
         return (torch.randn(size, 6, 7, 4), (3, 3), "learned", torch.randn(size, 9, 2, 3)), {}
     if op == "few_query_attention":

@@ -147,6 +147,7 @@ calls = {
     'scaled_sqnorm': ([w], [x]), 'fake_quantize': ([w], [x]),
     'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
     'adaptive_window_pool': (w[None, None], (1, 1)),
+    'semantic_pool_attention': (w[None], w[None], *[torch.eye(3)] * 4),
     'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
     'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
     'few_query_attention': [torch.ones(1, 1, 1, 1)] * 3,
@@ -154,7 +155,7 @@ calls = {
 }
 noise = {'seed': 0, 'one_minus_beta': 0.5}
 options = {
-    'linear_cross_attention': {'num_heads': 1}, 'fake_quantize': {'bits': 2}, 'spsa_update_': noise,
+    'linear_cross_attention': {'num_heads': 1}, 'semantic_pool_attention': {'num_heads': 1}, 'fake_quantize': {'bits': 2}, 'spsa_update_': noise,
     'spsa_perturb': {**noise, 'bits': 2, 'eps_bar': 0.3},
 }
 for name in ops.__all__:
