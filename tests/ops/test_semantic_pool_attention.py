@@ -117,7 +117,8 @@ def test_a_timm_block():
     for before in (None, x[:, :7]):
         got = ops.semantic_pool_attention(
             x[:, :3], x if before is None else x[:, 7:], q, k, v, block.attn.proj.weight,
-            num_heads=4, tokens_before=before, q_bias=bq, k_bias=bk, v_bias=bv, proj_bias=block.attn.proj.bias,
+            num_heads=4, tokens_before=before, q_bias=bq, k_bias=bk, v_bias=bv,
+            proj_bias=block.attn.proj.bias,
             norm_weight=block.norm1.weight, norm_bias=block.norm1.bias, eps=block.norm1.eps,
         )  # fmt: skip
         torch.testing.assert_close(got, block.attn(block.norm1(x))[:, :3], rtol=0, atol=1e-12)

@@ -155,7 +155,8 @@ calls = {
 }
 noise = {'seed': 0, 'one_minus_beta': 0.5}
 options = {
-    'linear_cross_attention': {'num_heads': 1}, 'semantic_pool_attention': {'num_heads': 1}, 'fake_quantize': {'bits': 2}, 'spsa_update_': noise,
+    'linear_cross_attention': {'num_heads': 1}, 'semantic_pool_attention': {'num_heads': 1},
+    'fake_quantize': {'bits': 2}, 'spsa_update_': noise,
     'spsa_perturb': {**noise, 'bits': 2, 'eps_bar': 0.3},
 }
 for name in ops.__all__:
