@@ -130,9 +130,9 @@ PVF_INLINE void pack(const A* from, const int64_t* rows, int count, const int64_
     }
 }
 
-// The product of a panel of a and one of b. With `kAhead` a line from `ahead` on is asked for at
-// each step.
-template <typename A, bool kAhead = false>
+// The product of a panel of a and the first kVectors vectors of one of b. With `kAhead` a line from
+// `ahead` on is asked for at each step.
+template <typename A, bool kAhead = false, int kVectors = kTallVectors>
 PVF_INLINE void multiply_panels(const A* a, const A* b, int64_t depth,
                                 Wide<A> (&sums)[kPanelRows][kTallVectors],
                                 const char* ahead = nullptr) {
@@ -147,16 +147,16 @@ PVF_INLINE void multiply_panels(const A* a, const A* b, int64_t depth,
         if constexpr (kAhead) {
             __builtin_prefetch(ahead + k * 64, 0, 2);
         }
-        Wide<A> right[kTallVectors];
+        Wide<A> right[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kTallVectors; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
             right[v] = load_wide(b + v * kWide<A>);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kPanelRows; ++r) {
             const Wide<A> left = a[r] - Wide<A>{};
 #pragma GCC unroll 4
-            for (int v = 0; v < kTallVectors; ++v) {
+            for (int v = 0; v < kVectors; ++v) {
                 sums[r][v] = multiply_add(left, right[v], sums[r][v]);
             }
         }
@@ -216,8 +216,13 @@ static void product_part(const StridedProduct& p, int64_t batch, int64_t rows_be
                         const int rows =
                             static_cast<int>(i1 - i < kPanelRows ? i1 - i : kPanelRows);
                         Wide<A> sums[kPanelRows][kTallVectors];
-                        multiply_panels<A>(left + (i - i0) * kPanelDepth,
-                                           right + (j - j0) * kPanelDepth, depth, sums);
+                        const A* const panel = left + (i - i0) * kPanelDepth;
+                        const A* const other = right + (j - j0) * kPanelDepth;
+                        if (cols <= kWide<A>) {
+                            multiply_panels<A, false, 1>(panel, other, depth, sums);
+                        } else {
+                            multiply_panels<A>(panel, other, depth, sums);
+                        }
                         if (together && rows == kPanelRows) {
 #pragma GCC unroll 8
                             for (int r = 0; r < kPanelRows; ++r) {

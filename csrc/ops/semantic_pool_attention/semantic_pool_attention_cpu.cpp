@@ -90,6 +90,33 @@ PVF_INLINE int64_t tile_rows(const SemanticPoolParams& p) {
     return (p.rows_per_split + tiles - 1) / tiles;
 }
 
+// Asks for rows [first, first + count) of an image while something else is computed. Rows on both
+// sides of a border between `before` and `tokens` are not worth it.
+PVF_INLINE void cover_rows(const SemanticPoolParams& p, int64_t image, int64_t first, int64_t count,
+                           Stream& stream) {
+    const TokenPlace place = place_in(p.before, p.tokens, first);
+    with_float(place.rows->type, [&]<typename T>(Type<T>) {
+        const T* from = static_cast<const T*>(place.rows->data) + image * place.rows->batch +
+                        place.at * place.rows->row;
+        const int64_t present = std::min(count, place.rows->count - place.at);
+        stream.cover(from, from + (present - 1) * place.rows->row + p.channels);
+    });
+}
+
+// The rows that the task takes up after tile [first, first + count): those of its next tile or of
+// the next split.
+PVF_INLINE void cover_next(const SemanticPoolParams& p, const PoolSplit& split, int64_t first,
+                           int64_t count, Stream& stream) {
+    const int64_t next = first + count;
+    if (next < rows_of_image(p)) {
+        cover_rows(p, split.image, next, std::min(count, rows_of_image(p) - next), stream);
+    } else if (split.image + 1 < p.batch) {
+        cover_rows(p, split.image + 1, 0, std::min(count, rows_of_image(p)), stream);
+    } else {
+        cover_rows(p, split.image, first, 1, stream);
+    }
+}
+
 // Hats of rows [first, first + count) of an image. kKnown: their moments are read, else written.
 template <typename A, bool kKnown>
 PVF_INLINE void load_hats(const SemanticPoolParams& p, int64_t image, int64_t first, int64_t count,
@@ -231,6 +258,7 @@ static void attend_of(const SemanticPoolParams& p, int64_t begin, int64_t end) {
         for (int64_t first = split.first; first < split.last; first += tile) {
             const int64_t count = std::min(tile, split.last - first);
             load_hats<A, false>(p, split.image, first, count, hats);
+            cover_next(p, split, first, count, stream);
             dot_hats(p, hats, count, packed, scores, wide, stream);
             const bool fresh = first == split.first;
             exponentials(scores, count, wide, fresh, running);
@@ -315,6 +343,7 @@ static void attend_backward_of(const SemanticPoolParams& p, int64_t begin, int64
         for (int64_t first = split.first; first < split.last; first += tile) {
             const int64_t count = std::min(tile, split.last - first);
             load_hats<A, true>(p, split.image, first, count, hats);
+            cover_next(p, split, first, count, stream);
             dot_hats(p, hats, count, packed_u, probabilities, wide, stream);
             dot_hats(p, hats, count, packed_slopes, slopes, wide, stream);
             for (int64_t n = 0; n < count; ++n) {
