@@ -56,7 +56,7 @@ class AttentionCall {
     Tensor sums(const std::vector<int64_t>& shape) const { return empty(like_, shape, sum_type()); }
 
     // Everything that depends on the sizes alone; these must be set.
-    void plan(bool backward) {
+    void plan([[maybe_unused]] bool backward) {
         auto& p = params;
         STD_TORCH_CHECK(p.width > 0, op_, ": heads must have channels");
         const int64_t groups = attention_groups(p);

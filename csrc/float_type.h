@@ -14,7 +14,15 @@ struct Type {
     using type = T;
 };
 
+// f may be a function of the host: nvcc would warn of that in all that can be called from a kernel.
+#if defined(__CUDACC__)
+#define PVF_ANY_SIDE _Pragma("nv_exec_check_disable")
+#else
+#define PVF_ANY_SIDE
+#endif
+
 // Calls f with the Type of a dtype that is not float64.
+PVF_ANY_SIDE
 template <typename F>
 PVF_HOST_DEVICE void with_narrow_float(FloatType type, const F& f) {
     switch (type) {
@@ -28,6 +36,7 @@ PVF_HOST_DEVICE void with_narrow_float(FloatType type, const F& f) {
 }
 
 // Calls f with the Type of any of the dtypes.
+PVF_ANY_SIDE
 template <typename F>
 PVF_HOST_DEVICE void with_float(FloatType type, const F& f) {
     if (type == FloatType::kFloat64) {
@@ -37,6 +46,7 @@ PVF_HOST_DEVICE void with_float(FloatType type, const F& f) {
 }
 
 // Calls f with the Type of values whose sums are of A: double for double, else any narrower dtype.
+PVF_ANY_SIDE
 template <typename A, typename F>
 PVF_HOST_DEVICE void with_float_summed_in(FloatType type, const F& f) {
     if constexpr (sizeof(A) == 8) {

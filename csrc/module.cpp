@@ -19,6 +19,7 @@
 #include "ops/saliency_commit_/saliency_commit_.h"
 #include "ops/saliency_rowcol/saliency_rowcol.h"
 #include "ops/scaled_sqnorm/scaled_sqnorm.h"
+#include "ops/semantic_pool_attention/semantic_pool_attention.h"
 #include "ops/spsa_perturb/spsa_perturb.h"
 #include "ops/spsa_update_/spsa_update_.h"
 #include "ops/structured_gather/structured_gather.h"
@@ -131,6 +132,24 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
         }
         return plan(splits > 1 ? 7 : 6, blocks, kCrossAttentionThreads, shared, least);
     }
+    if (op == "semantic_pool_attention") {
+        constexpr int64_t kQueries = 16;
+        const auto images = static_cast<int64_t>(shapes.size());
+        int64_t blocks = 0;
+        int64_t splits = 1;
+        int64_t shared = 0;
+        int64_t values = 0;
+        for (const auto& [tokens, channels] : shapes) {
+            const int64_t rows = kQueries * std::max<int64_t>(1, channels / 64);
+            const int64_t split = pool_cuda_split(images, rows, tokens);
+            splits = (tokens + split - 1) / split;
+            blocks += splits * tiles_along(rows, kPoolTile);
+            shared = 4 * pool_shared_values(channels);
+            values += (tokens + 2 * kQueries) * channels;
+        }
+        values += 4 * shapes[0].second * shapes[0].second;
+        return plan(splits > 1 ? 8 : 7, blocks, kPoolThreads, shared, 4 * values);
+    }
     if (op == "few_query_attention" || op == "window_gather_attention") {
         return attention_plan(op, shapes);
     }
@@ -145,8 +164,8 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
             sums += kBins * channels;
             values += (side * side + kBins) * channels;
         }
-        const int64_t each = kPoolThreads * kPoolVector;
-        return plan(1, (sums + each - 1) / each, kPoolThreads, 0, 4 * values);
+        const int64_t each = kWindowPoolThreads * kWindowPoolVector;
+        return plan(1, (sums + each - 1) / each, kWindowPoolThreads, 0, 4 * values);
     }
     int64_t blocks = 0;
     int64_t elements = 0;
@@ -247,6 +266,9 @@ PYBIND11_MODULE(_C, m) {
         "Launches, blocks, threads, static shared bytes and least bytes moved of a CUDA op on "
         "float32 "
         "matrices of these (rows, cols). zero_ and gather: with every entry dead, or kept. "
+        "semantic_pool_attention: one (tokens, channels) an image, 16 queries, heads 64 wide; "
+        "blocks and "
+        "shared memory are those of the kernel that reads the tokens. "
         "adaptive_window_pool: an image each, (side of the grid, channels), averaged to 4 by 4. "
         "commit_: the "
         "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "

@@ -228,6 +228,20 @@ def test_float32_norm_beside_16_bit_tokens():
     assert (got.double() - want).abs().max() <= 0.02 * want.abs().max()
 
 
+def test_bytes_and_launches(counting):
+    """Two images of a small model: launches as planned, tokens read once by each group of heads."""
+    args, kwargs = call(2, 16, 128, 64, 2)
+    counting.reset_counters()
+    ops.semantic_pool_attention(*args, **kwargs)
+    kernels = counting.counters()
+    assert sum(k["launches"] for k in kernels.values()) == 8
+    (attend,) = (k for name, k in kernels.items() if "attend" in name)
+    rows, splits = 2 * 16, 2
+    # Both groups of 16 rows read all tokens; each split reads u and writes its part.
+    least = 4 * 2 * 64 * (2 * 128 + 2 * splits * rows)
+    assert attend["bytes_moved"] <= 1.15 * least
+
+
 def test_keys_and_values_are_never_made():
     """The backward pass keeps less than keys alone would take."""
     args, kwargs = call(4, 4, 200, 64, 4)

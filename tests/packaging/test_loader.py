@@ -316,6 +316,12 @@ class TestLaunchPlan:
             ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19 + 16), 4 * 209 * 384)),
             # A grid of 14 by 14 in 4 by 4 bins: 16 x 384 sums, four a thread.
             ("adaptive_window_pool", (14, 384), (1, 12, 128, 0, 4 * 384 * (14 * 14 + 16))),
+            # 16 queries with 6 heads in tiles of 16 rows, tokens in 4 splits of 64 and less.
+            (
+                "semantic_pool_attention",
+                (196, 384),
+                (8, 24, 256, 4 * (48 * 388 + 10 * 256 + 96), 4 * (228 * 384 + 4 * 384**2)),
+            ),
             # Squares, then the sum; 39,312 units of DeiT-B.
             ("saliency_commit_", (39312, 1), (2, 154, 256, 0, 12 * 39312)),
             # Past 1024 blocks the threads stride.

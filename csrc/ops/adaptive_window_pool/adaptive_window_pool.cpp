@@ -22,7 +22,7 @@ constexpr const char* kName = "adaptive_window_pool";
 int64_t widest(int64_t cells, int64_t bins) {
     int64_t most = 0;
     for (int64_t bin = 0; bin < bins; ++bin) {
-        const Span span = bin_span(bin, cells, bins);
+        const BinSpan span = bin_span(bin, cells, bins);
         most = std::max(most, span.end - span.begin);
     }
     return most;
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> adaptive_window_pool(Tensor x, std::optional<Tensor> 
         }
     });
 #else
-    check_grid(kName, p.batch * p.bins() * p.channels / kPoolThreads + 1);
+    check_grid(kName, p.batch * p.bins() * p.channels / kWindowPoolThreads + 1);
     LaunchScope scope(x);
     if (learned) {
         check_launch(kName, adaptive_window_pool_weigh_cuda(p, scope.stream()));
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> adaptive_window_pool_backward(Tensor grad, std::optio
                                     });
     }
 #else
-    check_grid(kName, p.batch * height * width * p.channels / kPoolThreads + 1);
+    check_grid(kName, p.batch * height * width * p.channels / kWindowPoolThreads + 1);
     LaunchScope scope(grad);
     check_launch(kName, adaptive_window_pool_spread_cuda(p, scope.stream()));
     if (scores) {

@@ -37,23 +37,23 @@ struct WindowPool {
     PVF_HOST_DEVICE int64_t cells() const { return cell_rows * cell_cols; }
 };
 
-struct Span {
+struct BinSpan {
     int64_t begin;
     int64_t end;
 };
 
 // torch's adaptive rule; a bin has at least one cell, also where bins are more than cells.
-PVF_HOST_DEVICE Span bin_span(int64_t bin, int64_t cells, int64_t bins) {
+PVF_HOST_DEVICE BinSpan bin_span(int64_t bin, int64_t cells, int64_t bins) {
     return {bin * cells / bins, ((bin + 1) * cells + bins - 1) / bins};
 }
 // The bins that hold a cell.
-PVF_HOST_DEVICE Span bins_of_cell(int64_t cell, int64_t cells, int64_t bins) {
+PVF_HOST_DEVICE BinSpan bins_of_cell(int64_t cell, int64_t cells, int64_t bins) {
     return {cell * bins / cells, ((cell + 1) * bins + cells - 1) / cells};
 }
 
-constexpr int kPoolThreads = 128;
-constexpr int kPoolVector = 4;  // channels of a thread where the layout lets them be one load
-constexpr int64_t kPoolChannels = 64;  // channels of a task on the CPU
+constexpr int kWindowPoolThreads = 128;
+constexpr int kWindowPoolVector = 4;  // channels of a thread where the layout lets them be one load
+constexpr int64_t kWindowPoolChannels = 64;  // channels of a task on the CPU
 
 struct AdaptiveWindowPoolCpu {
     // Softmax of the logits of a bin of an image.

@@ -58,7 +58,7 @@ static void weigh(const WindowPool& p, int64_t image, int64_t bin) {
 template <typename A, typename T>
 static void add_up(const WindowPool& p, int64_t image, int64_t bin, int64_t first, int64_t count) {
     const Window window = pooling::window_of(p, bin);
-    A sums[kPoolChannels] = {};
+    A sums[kWindowPoolChannels] = {};
     const A mean = A(1) / static_cast<A>(window.area());
     for (int64_t row = window.rows.begin; row < window.rows.end; ++row) {
         for (int64_t col = window.cols.begin; col < window.cols.end; ++col) {
@@ -83,8 +83,8 @@ template <typename A, typename T>
 static void take_greatest(const WindowPool& p, int64_t image, int64_t bin, int64_t first,
                           int64_t count) {
     const Window window = pooling::window_of(p, bin);
-    A best[kPoolChannels];
-    int32_t places[kPoolChannels];
+    A best[kWindowPoolChannels];
+    int32_t places[kWindowPoolChannels];
     for (int64_t c = 0; c < count; ++c) {
         best[c] = -INFINITY;
         places[c] = static_cast<int32_t>(window.rows.begin * p.width + window.cols.begin);
@@ -115,9 +115,9 @@ static void take_greatest(const WindowPool& p, int64_t image, int64_t bin, int64
 
 static void pool(const WindowPool& p, int64_t image, int64_t bin) {
     with_sums(p, [&]<typename A, typename T>(Type<A>, Type<T>) {
-        for (int64_t first = 0; first < p.channels; first += kPoolChannels) {
+        for (int64_t first = 0; first < p.channels; first += kWindowPoolChannels) {
             const int64_t left = p.channels - first;
-            const int64_t count = left < kPoolChannels ? left : kPoolChannels;
+            const int64_t count = left < kWindowPoolChannels ? left : kWindowPoolChannels;
             if (p.mode == PoolMode::kMax) {
                 take_greatest<A, T>(p, image, bin, first, count);
             } else {
@@ -131,10 +131,10 @@ static void pool(const WindowPool& p, int64_t image, int64_t bin) {
 template <typename A, typename T>
 static void spread_cell(const WindowPool& p, int64_t image, int64_t row, int64_t col, int64_t first,
                         int64_t count) {
-    const Span rows = bins_of_cell(row, p.height, p.rows);
-    const Span cols = bins_of_cell(col, p.width, p.cols);
+    const BinSpan rows = bins_of_cell(row, p.height, p.rows);
+    const BinSpan cols = bins_of_cell(col, p.width, p.cols);
     const int32_t place = static_cast<int32_t>(row * p.width + col);
-    A sums[kPoolChannels] = {};
+    A sums[kWindowPoolChannels] = {};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         for (int64_t j = cols.begin; j < cols.end; ++j) {
             const int64_t bin = i * p.cols + j;
@@ -168,10 +168,10 @@ static void spread_cell(const WindowPool& p, int64_t image, int64_t row, int64_t
 static void spread(const WindowPool& p, int64_t image, int64_t row) {
     with_sums(p, [&]<typename A, typename T>(Type<A>, Type<T>) {
         for (int64_t col = 0; col < p.width; ++col) {
-            for (int64_t first = 0; first < p.channels; first += kPoolChannels) {
+            for (int64_t first = 0; first < p.channels; first += kWindowPoolChannels) {
                 const int64_t left = p.channels - first;
                 spread_cell<A, T>(p, image, row, col, first,
-                                  left < kPoolChannels ? left : kPoolChannels);
+                                  left < kWindowPoolChannels ? left : kWindowPoolChannels);
             }
         }
     });

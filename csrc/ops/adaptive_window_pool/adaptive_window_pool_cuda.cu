@@ -12,7 +12,7 @@ using pooling::Window;
 
 namespace {
 
-constexpr int kWarps = kPoolThreads / kWarpSize;
+constexpr int kWarps = kWindowPoolThreads / kWarpSize;
 
 template <typename A>
 PVF_DEVICE A natural_exp(A x) {
@@ -33,7 +33,8 @@ PVF_DEVICE void for_cells(const WindowPool& p, int64_t image, int64_t bin, const
 
 // A warp for each bin of each image.
 template <typename A>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) weigh_kernel(const __grid_constant__ WindowPool p) {
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
+    weigh_kernel(const __grid_constant__ WindowPool p) {
     const int64_t task = int64_t{block_idx().x} * kWarps + warp_id();
     if (task >= p.batch * p.bins()) {
         return;
@@ -84,10 +85,11 @@ PVF_DEVICE void store_narrowed(T* to, const A (&from)[kVector]) {
 
 // Neighbouring threads own neighbouring channels of a bin.
 template <typename T, int kVector, PoolMode kMode>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) pool_kernel(const __grid_constant__ WindowPool p) {
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
+    pool_kernel(const __grid_constant__ WindowPool p) {
     using A = Accumulate<T>;
     const int64_t groups = p.channels / kVector;
-    const int64_t task = int64_t{block_idx().x} * kPoolThreads + thread_idx().x;
+    const int64_t task = int64_t{block_idx().x} * kWindowPoolThreads + thread_idx().x;
     if (task >= p.batch * p.bins() * groups) {
         return;
     }
@@ -147,10 +149,11 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) pool_kernel(const __grid_constant_
 
 // A thread gathers what the bins of its cell give back: no atomics, one rounding.
 template <typename T, int kVector, PoolMode kMode>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) spread_kernel(const __grid_constant__ WindowPool p) {
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
+    spread_kernel(const __grid_constant__ WindowPool p) {
     using A = Accumulate<T>;
     const int64_t groups = p.channels / kVector;
-    const int64_t task = int64_t{block_idx().x} * kPoolThreads + thread_idx().x;
+    const int64_t task = int64_t{block_idx().x} * kWindowPoolThreads + thread_idx().x;
     if (task >= p.batch * p.height * p.width * groups) {
         return;
     }
@@ -159,8 +162,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) spread_kernel(const __grid_constan
     const int64_t col = cell % p.width;
     const int64_t row = cell / p.width % p.height;
     const int64_t image = cell / p.width / p.height;
-    const Span rows = bins_of_cell(row, p.height, p.rows);
-    const Span cols = bins_of_cell(col, p.width, p.cols);
+    const BinSpan rows = bins_of_cell(row, p.height, p.rows);
+    const BinSpan cols = bins_of_cell(col, p.width, p.cols);
     A sums[kVector] = {};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         for (int64_t j = cols.begin; j < cols.end; ++j) {
@@ -195,7 +198,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) spread_kernel(const __grid_constan
 
 // A block for each bin of each image, a warp for a cell at a time.
 template <typename T>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) score_kernel(const __grid_constant__ WindowPool p) {
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
+    score_kernel(const __grid_constant__ WindowPool p) {
     using A = Accumulate<T>;
     const int64_t image = block_idx().x / p.bins();
     const int64_t bin = block_idx().x % p.bins();
@@ -221,7 +225,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kPoolThreads, 4) score_kernel(const __grid_constant
     mean = block_sum(mean);
     const int64_t down = window.rows.end - window.rows.begin;
     const int64_t across = window.cols.end - window.cols.begin;
-    for (int64_t cell = thread_idx().x; cell < p.cells(); cell += kPoolThreads) {
+    for (int64_t cell = thread_idx().x; cell < p.cells(); cell += kWindowPoolThreads) {
         const int64_t at = int64_t{block_idx().x} * p.cells() + cell;
         const bool there = cell / p.cell_cols < down && cell % p.cell_cols < across;
         store(out + at, there ? load(weights + at) * (load(out + at) - mean) : A(0));
@@ -234,9 +238,9 @@ Dim3 blocks_of(int64_t tasks, int64_t each) {
 
 // Whether four channels are always one aligned load.
 bool takes_vectors(const WindowPool& p, const void* pointer, int64_t bytes) {
-    return p.channels % kPoolVector == 0 &&
+    return p.channels % kWindowPoolVector == 0 &&
            reinterpret_cast<uintptr_t>(pointer) %
-                   (kPoolVector * bytes < 16 ? kPoolVector * bytes : 16) ==
+                   (kWindowPoolVector * bytes < 16 ? kWindowPoolVector * bytes : 16) ==
                0;
 }
 
@@ -257,22 +261,23 @@ const char* with_mode(PoolMode mode, const F& f) {
 const char* adaptive_window_pool_weigh_cuda(const WindowPool& p, void* stream) {
     const auto kernel = p.type == FloatType::kFloat64 ? weigh_kernel<double> : weigh_kernel<float>;
     return launch_result(launch(kernel, blocks_of(p.batch * p.bins(), kWarps),
-                                Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p));
+                                Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
 }
 
 const char* adaptive_window_pool_cuda(const WindowPool& p, void* stream) {
     const char* problem = nullptr;
     with_float(p.type, [&]<typename T>(Type<T>) {
         problem = with_mode(p.mode, [&]<PoolMode kMode>() {
-            const bool vectors = takes_vectors(p, p.x, sizeof(T)) &&
-                                 (p.batch_stride | p.row_stride | p.cell_stride) % kPoolVector == 0;
+            const bool vectors =
+                takes_vectors(p, p.x, sizeof(T)) &&
+                (p.batch_stride | p.row_stride | p.cell_stride) % kWindowPoolVector == 0;
             const int64_t tasks = p.batch * p.bins() * p.channels;
             return launch_result(
-                vectors ? launch(pool_kernel<T, kPoolVector, kMode>,
-                                 blocks_of(tasks / kPoolVector, kPoolThreads),
-                                 Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p)
-                        : launch(pool_kernel<T, 1, kMode>, blocks_of(tasks, kPoolThreads),
-                                 Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p));
+                vectors ? launch(pool_kernel<T, kWindowPoolVector, kMode>,
+                                 blocks_of(tasks / kWindowPoolVector, kWindowPoolThreads),
+                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p)
+                        : launch(pool_kernel<T, 1, kMode>, blocks_of(tasks, kWindowPoolThreads),
+                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
         });
     });
     return problem;
@@ -285,11 +290,11 @@ const char* adaptive_window_pool_spread_cuda(const WindowPool& p, void* stream) 
             const bool vectors = takes_vectors(p, p.grad, sizeof(T));
             const int64_t tasks = p.batch * p.height * p.width * p.channels;
             return launch_result(
-                vectors ? launch(spread_kernel<T, kPoolVector, kMode>,
-                                 blocks_of(tasks / kPoolVector, kPoolThreads),
-                                 Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p)
-                        : launch(spread_kernel<T, 1, kMode>, blocks_of(tasks, kPoolThreads),
-                                 Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p));
+                vectors ? launch(spread_kernel<T, kWindowPoolVector, kMode>,
+                                 blocks_of(tasks / kWindowPoolVector, kWindowPoolThreads),
+                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p)
+                        : launch(spread_kernel<T, 1, kMode>, blocks_of(tasks, kWindowPoolThreads),
+                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
         });
     });
     return problem;
@@ -299,7 +304,7 @@ const char* adaptive_window_pool_score_cuda(const WindowPool& p, void* stream) {
     const char* problem = nullptr;
     with_float(p.type, [&]<typename T>(Type<T>) {
         problem = launch_result(launch(score_kernel<T>, blocks_of(p.batch * p.bins(), 1),
-                                       Dim3{kPoolThreads, 1, 1}, 0, as_stream(stream), p));
+                                       Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
     });
     return problem;
 }

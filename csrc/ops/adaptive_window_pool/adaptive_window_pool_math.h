@@ -11,8 +11,8 @@ PVF_HOST_DEVICE bool replaces(A value, A best) {
 }
 
 struct Window {
-    Span rows;
-    Span cols;
+    BinSpan rows;
+    BinSpan cols;
     PVF_HOST_DEVICE int64_t area() const {
         return (rows.end - rows.begin) * (cols.end - cols.begin);
     }

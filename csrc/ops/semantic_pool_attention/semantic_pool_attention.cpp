@@ -28,9 +28,7 @@ TokenRows rows_of_tensor(const Tensor& tensor) {
             float_type(kName, tensor)};
 }
 
-void* data_of(const std::optional<Tensor>& tensor) {
-    return tensor ? tensor->data_ptr() : nullptr;
-}
+void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 // What every call has: the arguments made fit for the kernels, and their sizes.
 struct Arguments {
@@ -47,9 +45,8 @@ struct Arguments {
     DType sum_type() const { return wide ? DType::Double : DType::Float; }
     Tensor sums(std::vector<int64_t> shape) const { return empty(query, shape, sum_type()); }
     Tensor as_sums(const Tensor& tensor) const {
-        return torch::stable::contiguous(tensor.scalar_type() == sum_type()
-                                             ? tensor
-                                             : torch::stable::to(tensor, sum_type()));
+        return torch::stable::contiguous(
+            tensor.scalar_type() == sum_type() ? tensor : torch::stable::to(tensor, sum_type()));
     }
     int64_t query_rows() const { return p.heads * p.queries; }
     int64_t width() const { return p.channels / p.heads; }
@@ -97,10 +94,9 @@ Arguments describe(const Tensor& query, const std::optional<Tensor>& before, con
                     ": `num_heads` must divide ", p.channels, ", got ", num_heads);
     const auto rows = [&](const Tensor& tensor, const char* name) {
         check(tensor);
-        STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == p.batch &&
-                            tensor.size(2) == p.channels,
-                        kName, ": `", name, "` must have shape [", p.batch, ", rows, ", p.channels,
-                        "]");
+        STD_TORCH_CHECK(
+            tensor.dim() == 3 && tensor.size(0) == p.batch && tensor.size(2) == p.channels, kName,
+            ": `", name, "` must have shape [", p.batch, ", rows, ", p.channels, "]");
         return tensor.stride(2) == 1 || p.channels == 1 ? tensor
                                                         : torch::stable::contiguous(tensor);
     };
@@ -201,9 +197,7 @@ class Runner {
     Products products_;
 #else
     explicit Runner(const Arguments& in)
-        : in_(in),
-          scope_(in.tokens),
-          products_(kName, in.weights[0], semantic_pool_product_cuda) {
+        : in_(in), scope_(in.tokens), products_(kName, in.weights[0], semantic_pool_product_cuda) {
         check_grid(kName, in.p.batch * std::max(in.query_rows(), rows_of_image(in.p)));
     }
 
@@ -286,16 +280,16 @@ struct Folded {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs semantic_pool_attention(
-    Tensor query, std::optional<Tensor> tokens_before, Tensor tokens, Tensor q_weight,
-    Tensor k_weight, Tensor v_weight, Tensor proj_weight, std::optional<Tensor> q_bias,
-    std::optional<Tensor> k_bias, std::optional<Tensor> v_bias, std::optional<Tensor> proj_bias,
-    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t num_heads,
-    double eps, double scale, bool keep) {
-    Arguments in = describe(query, tokens_before, tokens,
-                            {q_weight, k_weight, v_weight, proj_weight},
-                            {q_bias, k_bias, v_bias, proj_bias}, norm_weight, norm_bias, num_heads,
-                            eps, scale);
+Outputs semantic_pool_attention(Tensor query, std::optional<Tensor> tokens_before, Tensor tokens,
+                                Tensor q_weight, Tensor k_weight, Tensor v_weight,
+                                Tensor proj_weight, std::optional<Tensor> q_bias,
+                                std::optional<Tensor> k_bias, std::optional<Tensor> v_bias,
+                                std::optional<Tensor> proj_bias, std::optional<Tensor> norm_weight,
+                                std::optional<Tensor> norm_bias, int64_t num_heads, double eps,
+                                double scale, bool keep) {
+    Arguments in = describe(
+        query, tokens_before, tokens, {q_weight, k_weight, v_weight, proj_weight},
+        {q_bias, k_bias, v_bias, proj_bias}, norm_weight, norm_bias, num_heads, eps, scale);
     auto& p = in.p;
     const int64_t b = p.batch, m = p.queries, c = p.channels, r = in.query_rows();
     const Runner runner(in);
@@ -313,8 +307,7 @@ Outputs semantic_pool_attention(
     const Tensor partial_peaks = in.sums({split ? 2 : 0, b, p.splits, r});
     const auto half_of = [&](const Tensor& tensor, int64_t half) -> void* {
         const int64_t size = tensor.numel() / 2 * (in.wide ? 8 : 4);
-        return tensor.numel() == 0 ? nullptr
-                                   : static_cast<char*>(tensor.data_ptr()) + half * size;
+        return tensor.numel() == 0 ? nullptr : static_cast<char*>(tensor.data_ptr()) + half * size;
     };
     p.query_norm = normal.data_ptr();
     p.q = q.data_ptr();
@@ -346,16 +339,15 @@ Outputs semantic_pool_attention(
 }
 
 TensorList semantic_pool_attention_backward(
-    Tensor grad, Tensor q, Tensor mixed, Tensor context, Tensor peaks, Tensor moments,
-    Tensor query, std::optional<Tensor> tokens_before, Tensor tokens, Tensor q_weight,
-    Tensor k_weight, Tensor v_weight, Tensor proj_weight, std::optional<Tensor> q_bias,
-    std::optional<Tensor> k_bias, std::optional<Tensor> v_bias, std::optional<Tensor> proj_bias,
+    Tensor grad, Tensor q, Tensor mixed, Tensor context, Tensor peaks, Tensor moments, Tensor query,
+    std::optional<Tensor> tokens_before, Tensor tokens, Tensor q_weight, Tensor k_weight,
+    Tensor v_weight, Tensor proj_weight, std::optional<Tensor> q_bias, std::optional<Tensor> k_bias,
+    std::optional<Tensor> v_bias, std::optional<Tensor> proj_bias,
     std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t num_heads,
     double eps, double scale) {
-    Arguments in = describe(query, tokens_before, tokens,
-                            {q_weight, k_weight, v_weight, proj_weight},
-                            {q_bias, k_bias, v_bias, proj_bias}, norm_weight, norm_bias, num_heads,
-                            eps, scale);
+    Arguments in = describe(
+        query, tokens_before, tokens, {q_weight, k_weight, v_weight, proj_weight},
+        {q_bias, k_bias, v_bias, proj_bias}, norm_weight, norm_bias, num_heads, eps, scale);
     auto& p = in.p;
     const int64_t b = p.batch, m = p.queries, c = p.channels, r = in.query_rows();
     const int64_t item = in.wide ? 8 : 4;
@@ -386,8 +378,8 @@ TensorList semantic_pool_attention_backward(
     const Tensor delta = in.sums({PVF_CPU_KERNELS ? 0 : b, r});
     const Tensor d_scores = in.sums({PVF_CPU_KERNELS ? 0 : b, r, rows_of_image(p)});
     const Tensor units = ones(d_mixed, b * m);
-    const Tensor d_before = empty(tokens_before ? *tokens_before : tokens,
-                                  {tokens_before ? b : 0, p.before.count, c});
+    const Tensor d_before =
+        empty(tokens_before ? *tokens_before : tokens, {tokens_before ? b : 0, p.before.count, c});
     const Tensor d_tokens = empty(tokens, {b, p.tokens.count, c});
     TensorList d_weights;
     TensorList d_biases;

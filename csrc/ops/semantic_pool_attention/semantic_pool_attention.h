@@ -17,10 +17,10 @@ struct TokenRows {
     FloatType type;
 };
 
-// M queries an image over the rows [before; tokens], R = M * H of them with their heads: row j M + m
-// is query m of head j. "hat" is a row minus its mean times its inverse deviation; without LayerNorm
-// it is the row itself. Arrays without a type hold floats, or doubles in a double call, densely.
-// Null vectors: zeros, or ones for gamma.
+// M queries an image over the rows [before; tokens], R = M * H of them with their heads: row j M +
+// m is query m of head j. "hat" is a row minus its mean times its inverse deviation; without
+// LayerNorm it is the row itself. Arrays without a type hold floats, or doubles in a double call,
+// densely. Null vectors: zeros, or ones for gamma.
 struct SemanticPoolParams {
     int64_t batch;
     int64_t queries;  // M

@@ -353,8 +353,7 @@ static void attend_backward_of(const SemanticPoolParams& p, int64_t begin, int64
                     const Wide<A> a =
                         exp_of(load_wide(own + r) - load_wide(peak + r)) * load_wide(share + r);
                     store_unaligned(own + r, a);
-                    store_unaligned(slope + r,
-                                    a * (load_wide(slope + r) - load_wide(delta + r)));
+                    store_unaligned(slope + r, a * (load_wide(slope + r) - load_wide(delta + r)));
                 }
             }
             outer(Scalars<A>{slopes, 1, wide}, hats, c, rows, c, count, d_u, c,
@@ -365,15 +364,14 @@ static void attend_backward_of(const SemanticPoolParams& p, int64_t begin, int64
             for (int64_t n = 0; n < count; ++n) {
                 A* slope = d_hats + n * c;
                 if (p.norm) {
-                    const A rstd =
-                        *part<A>(p.rstd, split.image * rows_of_image(p) + first + n);
+                    const A rstd = *part<A>(p.rstd, split.image * rows_of_image(p) + first + n);
                     norm_backward(slope, hats + n * c, rstd, c);
                 }
                 const TokenPlace place = place_in(p.d_before, p.d_tokens, first + n);
                 with_float_summed_in<A>(place.rows->type, [&]<typename T>(Type<T>) {
                     narrow_row(slope, c,
-                               static_cast<T*>(place.rows->data) +
-                                   split.image * place.rows->batch + place.at * place.rows->row);
+                               static_cast<T*>(place.rows->data) + split.image * place.rows->batch +
+                                   place.at * place.rows->row);
                 });
             }
         }
@@ -460,9 +458,9 @@ static void unfold_of(const SemanticPoolParams& p, int64_t begin, int64_t end) {
     }
 }
 
-#define PVF_FLOAT_OR_DOUBLE(name)                                                                \
-    static void name(const SemanticPoolParams& p, bool wide, int64_t begin, int64_t end) {       \
-        wide ? name##_of<double>(p, begin, end) : name##_of<float>(p, begin, end);               \
+#define PVF_FLOAT_OR_DOUBLE(name)                                                          \
+    static void name(const SemanticPoolParams& p, bool wide, int64_t begin, int64_t end) { \
+        wide ? name##_of<double>(p, begin, end) : name##_of<float>(p, begin, end);         \
     }
 PVF_FLOAT_OR_DOUBLE(fold)
 PVF_FLOAT_OR_DOUBLE(prepare)
@@ -475,7 +473,7 @@ PVF_FLOAT_OR_DOUBLE(unfold)
 
 extern const SemanticPoolCpu semantic_pool_attention_cpu;
 const SemanticPoolCpu semantic_pool_attention_cpu{
-    {strided_product_part}, fold,   prepare, attend, combine, attend_backward, combine_backward,
-    finish, unfold};
+    {strided_product_part}, fold,   prepare, attend, combine, attend_backward,
+    combine_backward,       finish, unfold};
 
 }  // namespace pyvitfast::PVF_CPU_CAPABILITY

@@ -145,8 +145,8 @@ PVF_DEVICE void load_wide_rows(const A* from, int64_t first, int64_t rows, int64
     }
 }
 
-// Hats of rows [first, first + kTile) of an image below `last`, with zeros where there is nothing. A
-// warp takes whole rows, so no thread waits for another warp.
+// Hats of rows [first, first + kTile) of an image below `last`, with zeros where there is nothing.
+// A warp takes whole rows, so no thread waits for another warp.
 template <typename A>
 PVF_DEVICE void load_hats(const SemanticPoolParams& p, int64_t image, int64_t first, int64_t last,
                           const PoolShared<A>& shared) {
@@ -166,8 +166,7 @@ PVF_DEVICE void load_hats(const SemanticPoolParams& p, int64_t image, int64_t fi
         }
         if (there && p.norm) {
             // A lane meets its own values only.
-            const WarpMoments<A> moments(c, p.eps,
-                                         [&](int64_t i) { return load_shared(to + i); });
+            const WarpMoments<A> moments(c, p.eps, [&](int64_t i) { return load_shared(to + i); });
             for (int64_t i = lane_id(); i < c; i += 32) {
                 store_shared(to + i, (load_shared(to + i) - moments.mean) * moments.rstd);
             }
@@ -357,8 +356,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
             const A factor = first == place.first ? A(0) : exponential(before - peak);
             store_shared(shared.peak + query, peak);
             store_shared(shared.factor + query, factor);
-            store_shared(shared.total + query,
-                         load_shared(shared.total + query) * factor + total);
+            store_shared(shared.total + query, load_shared(shared.total + query) * factor + total);
         }
         sync_threads();
         add_hats(shared, shared.scores, p.channels,
@@ -386,7 +384,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
     if (row >= p.batch * rows) {
         return;
     }
-    const auto at = [&](int64_t split) { return (row / rows * p.splits + split) * rows + row % rows; };
+    const auto at = [&](int64_t split) {
+        return (row / rows * p.splits + split) * rows + row % rows;
+    };
     A peak = load(part<A>(p.partial_peak, at(0)));
     for (int64_t s = 1; s < p.splits; ++s) {
         peak = Max{}(peak, load(part<A>(p.partial_peak, at(s))));
@@ -491,9 +491,9 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kThreads, 2)
         A probability = A(0);
         A slope = A(0);
         if (query + thread / kTile < rows && row < count) {
-            probability = exponential(load_shared(shared.scores + thread) -
-                                      load(part<A>(p.peak, own))) /
-                          load(part<A>(p.total, own));
+            probability =
+                exponential(load_shared(shared.scores + thread) - load(part<A>(p.peak, own))) /
+                load(part<A>(p.total, own));
             slope = semantic_pool::score_slope(probability, load_shared(shared.slopes + thread),
                                                load(part<A>(p.delta, own)));
             store(part<A>(p.d_scores, own * count + row), slope);
@@ -669,8 +669,7 @@ const char* run(Kernel kernel, int64_t blocks, std::size_t shared, const Semanti
         }
     }
     const Dim3 grid{static_cast<unsigned>(blocks), 1, 1};
-    return launch_result(
-        launch(kernel, grid, Dim3{kThreads, 1, 1}, shared, as_stream(stream), p));
+    return launch_result(launch(kernel, grid, Dim3{kThreads, 1, 1}, shared, as_stream(stream), p));
 }
 
 int64_t in_parts(int64_t count, int64_t most) { return (count + most - 1) / most; }
@@ -683,12 +682,12 @@ std::size_t shared_bytes(const SemanticPoolParams& p) {
 template <typename A>
 const char* attend(const SemanticPoolParams& p, void* stream) {
     const int64_t rows = p.heads * p.queries;
-    const char* problem = run(semantic_pool_attend_kernel<A>,
-                              p.batch * in_parts(rows, kTile) * p.splits, shared_bytes<A>(p), p,
-                              stream);
+    const char* problem =
+        run(semantic_pool_attend_kernel<A>, p.batch * in_parts(rows, kTile) * p.splits,
+            shared_bytes<A>(p), p, stream);
     if (problem == nullptr && p.splits > 1) {
-        problem = run(semantic_pool_combine_kernel<A>, in_parts(p.batch * rows, kWarps), 0, p,
-                      stream);
+        problem =
+            run(semantic_pool_combine_kernel<A>, in_parts(p.batch * rows, kWarps), 0, p, stream);
     }
     return problem;
 }
