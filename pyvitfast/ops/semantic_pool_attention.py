@@ -110,10 +110,15 @@ def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps:
 
     def heads(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
-        return F.linear(x, weight, bias).unflatten(2, (num_heads, channels // num_heads)).transpose(1, 2)
+        rows = torch.unflatten(F.linear(x, weight, bias), 2, (num_heads, channels // num_heads))
+        return rows.transpose(1, 2)
 
     rows = normal(tokens if before is None else torch.cat([before, tokens], dim=1))
-    q, k, v = heads(normal(query), q_weight, q_bias), heads(rows, k_weight, k_bias), heads(rows, v_weight, v_bias)
+    q, k, v = (
+        heads(normal(query), q_weight, q_bias),
+        heads(rows, k_weight, k_bias),
+        heads(rows, v_weight, v_bias),
+    )
     mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
@@ -270,7 +275,8 @@ def _flops(query: Any, before: Any, tokens: Any, *rest: Any, out_shape: Any = No
 def _flops_backward(grad: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Scores and queries against W_k once more, and two products for each of the forward's."""
     batch, queries, rows, channels = _sizes(*rest[5:8])
-    return 2 * batch * (9 * queries * channels**2 + 5 * rest[18] * queries * rows * channels)
+    num_heads: int = rest[18]
+    return 2 * batch * (9 * queries * channels**2 + 5 * num_heads * queries * rows * channels)
 
 
 if _checks.defined():

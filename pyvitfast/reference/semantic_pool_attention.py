@@ -40,7 +40,7 @@ def semantic_pool_attention(
     scale = width**-0.5 if scale is None else scale
 
     def heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias).unflatten(2, (num_heads, width)).transpose(1, 2)
+        return torch.unflatten(F.linear(x, weight, bias), 2, (num_heads, width)).transpose(1, 2)
 
     q, k, v = heads(query, q_weight, q_bias), heads(tokens, k_weight, k_bias), heads(tokens, v_weight, v_bias)
     attention = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)  # [B, H, M, K + N]
