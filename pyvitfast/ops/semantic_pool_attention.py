@@ -99,7 +99,9 @@ def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps:
     """Keys and values after all, by torch's own products."""
     query, before, tokens, q_weight, k_weight, v_weight, proj_weight, *rest = inputs
     q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias = rest
-    assert query is not None and tokens is not None and proj_weight is not None
+    assert query is not None
+    assert tokens is not None
+    assert proj_weight is not None
     channels = query.shape[2]
 
     def normal(x: Tensor) -> Tensor:
