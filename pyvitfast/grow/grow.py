@@ -105,7 +105,8 @@ def grow(
 
     Returns:
         A new module that shares no memory with either, in the source's dtype, device and train or eval mode,
-        with the source's LayerNorm epsilon: average makes it smaller by the share of copied channels.
+        with the source's LayerNorm epsilon: average makes it smaller by the share of copied channels. Its
+        ``pretrained_cfg`` has the source's mean and std of images, since its weights were trained on such.
         :func:`report` tells what was done.
 
     Raises:

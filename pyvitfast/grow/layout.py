@@ -61,6 +61,52 @@ class Stage:
         """
         return name + self.suffix
 
+    @property
+    def ratio(self) -> int:
+        """The whole number k of D x D pieces in ``mlp.fc1``.
+
+        Raises:
+            ValueError: the hidden width is no multiple of the width.
+        """
+        k, rest = divmod(self.hidden, self.dim)
+        if rest or not k:
+            raise ValueError(
+                f"stack_vit: the hidden width must be a multiple of the width {self.dim}, so that fc1 and "
+                f"fc2 cut into square pieces, got {self.hidden}. The rules of grow() need no pieces."
+            )
+        return k
+
+    def vectors(self, qkv_bias: bool, proj_bias: bool, layer_scale: bool) -> tuple[tuple[str, int], ...]:
+        """Vectors of width D of a block: the name within the block, and which piece."""
+        names: list[tuple[str, int]] = []
+        if qkv_bias:
+            names += [("attn.qkv.bias", i) for i in range(3)]
+        if proj_bias:
+            names += [("attn.proj.bias", 0)]
+            names += [("mlp.fc1.bias", i) for i in range(self.ratio)]
+            names += [("mlp.fc2.bias", 0)]
+        names += [(f"{norm}.{part}", 0) for norm in ("norm1", "norm2") for part in ("weight", "bias")]
+        if layer_scale:
+            names += [("ls1.gamma", 0), ("ls2.gamma", 0)]
+        return tuple(names)
+
+    def stacked(
+        self, state: Mapping[str, Tensor], vectors: tuple[tuple[str, int], ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Matrices [L, 2k + 4, D, D] and :meth:`vectors` [L, V, D] of its blocks, as in :class:`Stacked`."""
+        d, k, matrices, rows = self.dim, self.ratio, [], []
+        for i in range(self.depth):
+            block = f"{self.prefix}.{i}"
+            slots = (
+                state[f"{block}.attn.qkv.weight"].reshape(3, d, d),
+                state[f"{block}.attn.proj.weight"].reshape(1, d, d),
+                state[f"{block}.mlp.fc1.weight"].reshape(k, d, d),
+                state[f"{block}.mlp.fc2.weight"].reshape(d, k, d).permute(1, 0, 2),
+            )
+            matrices.append(torch.cat(slots))
+            rows.append(torch.stack([state[f"{block}.{n}"].reshape(-1, d)[piece] for n, piece in vectors]))
+        return torch.stack(matrices), torch.stack(rows)
+
     def block(
         self, index: int, qkv_bias: bool, proj_bias: bool, layer_scale: bool, qk_norm: bool
     ) -> Iterator[tuple[str, Parameter]]:
@@ -330,28 +376,12 @@ class Layout:
         Raises:
             ValueError: the hidden width is no multiple of the width.
         """
-        k, rest = divmod(self.hidden, self.dim)
-        if rest or not k:
-            raise ValueError(
-                f"stack_vit: the hidden width must be a multiple of the width {self.dim}, so that fc1 and "
-                f"fc2 cut into square pieces, got {self.hidden}. The rules of grow() need no pieces."
-            )
-        return k
+        return self.stages[0].ratio
 
     @property
     def vectors(self) -> tuple[tuple[str, int], ...]:
         """Vectors of a block in the order of :class:`Stacked`: the name within the block, and which piece."""
-        names: list[tuple[str, int]] = []
-        if self.qkv_bias:
-            names += [("attn.qkv.bias", i) for i in range(3)]
-        if self.proj_bias:
-            names += [("attn.proj.bias", 0)]
-            names += [("mlp.fc1.bias", i) for i in range(self.ratio)]
-            names += [("mlp.fc2.bias", 0)]
-        names += [(f"{norm}.{part}", 0) for norm in ("norm1", "norm2") for part in ("weight", "bias")]
-        if self.layer_scale:
-            names += [("ls1.gamma", 0), ("ls2.gamma", 0)]
-        return tuple(names)
+        return self.stages[0].vectors(self.qkv_bias, self.proj_bias, self.layer_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,22 +428,10 @@ def stack_vit(state: Mapping[str, Tensor], layout: Layout) -> Stacked:
         Mango (Pan et al., NeurIPS 2023) concatenates a transformer's matrices into one tensor of four modes.
         The order of the slots, the memory order [layer, slot, out, in] and the vectors are our choice.
     """
-    d, k = layout.dim, layout.ratio
     _check_keys("stack_vit", state, layout.parameters())
-    matrices, vectors = [], []
     others = {key: t.clone() for key, t in state.items() if _outside(key, layout)}
-    for i in range(layout.depth):
-        block = f"blocks.{i}"
-        slots = (
-            state[f"{block}.attn.qkv.weight"].reshape(3, d, d),
-            state[f"{block}.attn.proj.weight"].reshape(1, d, d),
-            state[f"{block}.mlp.fc1.weight"].reshape(k, d, d),
-            state[f"{block}.mlp.fc2.weight"].reshape(d, k, d).permute(1, 0, 2),
-        )
-        matrices.append(torch.cat(slots))
-        pieces = [state[f"{block}.{name}"].reshape(-1, d)[piece] for name, piece in layout.vectors]
-        vectors.append(torch.stack(pieces))
-    return Stacked(torch.stack(matrices), torch.stack(vectors), others)
+    matrices, vectors = layout.stages[0].stacked(state, layout.vectors)
+    return Stacked(matrices, vectors, others)
 
 
 def _outside(key: str, layout: Layout) -> bool:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast import ops
-from pyvitfast.grow.layout import Parameter
+from pyvitfast.grow.layout import Stage
 from pyvitfast.grow.models import Model, Pair, Target
-from pyvitfast.grow.operators import GrowthOperator
-from pyvitfast.grow.rules import IndexMap
+from pyvitfast.grow.operators import Blocks, GrowthOperator, beside, of_stage, query_scale, stack_of
+from pyvitfast.grow.rules import IndexMap, LayerMap
 
 # Factors by the axis that they widen; q, k and v stand for the three parts of axis qkv.
 _FACTORS = ("embed", "q", "k", "v", "hidden")
@@ -27,8 +27,13 @@ class LiGOOperator(GrowthOperator):
     :math:`W B_e^\top`. Each tensor of a block has coefficients w of its own, those of q, k and v apart.
     Norms of queries and keys are mixed and keep their width, or copy it where heads grow wider.
 
+    In a Swin Transformer each stage s has factors and coefficients of its own, named ``embed_0`` and so on.
+    Tables of relative positions grow by a factor ``heads`` and coefficients. Merging of patches after stage s
+    becomes :math:`B_{e,s+1} W\, (I_4 \otimes B_{e,s})^\top`, and its norm grows by four copies of
+    ``embed_s``.
+
     Args:
-        source: the trained model, as for :func:`pyvitfast.grow.grow`; a ViT or DeiT.
+        source: the trained model, as for :func:`pyvitfast.grow.grow`.
         target: the architecture, as for :func:`pyvitfast.grow.grow`.
         style: ``"paper"``: dense factors, applied before layers are mixed. ``"repo"``, as the released code
             does: factors [I; C] with C trained, for each target layer (``embed`` for all), applied after.
@@ -39,8 +44,9 @@ class LiGOOperator(GrowthOperator):
         head: ``"grow"``, or ``"target"`` to start from the target's own classifiers, trained along.
 
     Attributes:
-        factors: ``embed`` [D2, D1], ``q``, ``k`` and ``v`` [D2, D1], ``hidden`` [H2, H1], with ``per_layer``
-            [L1, ...]; in style repo rows beyond the source's only, and [L2, ...] but for ``embed``.
+        factors: ``embed`` [D2, D1], ``q``, ``k`` and ``v`` [D2, D1], ``hidden`` [H2, H1] and in a Swin
+            Transformer ``heads`` [h2, h1], with ``per_layer`` [L1, ...]; in style repo rows beyond the
+            source's only, and [L2, ...] but for ``embed``.
         coefficients: w [L2, L1] by the tensor's name, with underscores for dots.
 
     Raises:
@@ -59,7 +65,7 @@ class LiGOOperator(GrowthOperator):
 
     Source:
         LiGO (Wang et al., ICLR 2023), section 3 and algorithm 1, and its released code, of which this is no
-        copy: that knows BERT and RoBERTa only. LayerScale and norms of queries and keys are our choice.
+        copy: that knows BERT and RoBERTa only. LayerScale, norms of queries and keys and Swin are our choice.
 
     Example:
         >>> operator = pyvitfast.grow.LiGOOperator(small, "deit_base_patch16_224")
@@ -98,20 +104,11 @@ class LiGOOperator(GrowthOperator):
 
     def _hold_outside(self, pair: Pair) -> None:
         super()._hold_outside(pair)
-        for name in self._rests():
-            if name.startswith(("attn.q_norm", "attn.k_norm")):
-                continue
-            stack = torch.stack(
-                [pair.state[f"blocks.{i}.{name}"] for i in range(pair.source.stages[0].depth)]
-            )
-            for part, piece in self._pieces(name, stack):
-                self._hold(part, piece)
-
-    def _rests(self) -> dict[str, Parameter]:
-        """Names within a block, and what they are."""
-        start = "blocks.0."
-        found = self.source_layout.parameters()
-        return {key.removeprefix(start): p for key, p in found.items() if key.startswith(start)}
+        for stage in self.source_layout.stages:
+            for name, p in self._within(stage).items():
+                if not beside(stage, p):
+                    for part, piece in self._pieces(name, stack_of(pair, stage, name)):
+                        self._hold(stage.axis(part), piece)
 
     @staticmethod
     def _pieces(name: str, stack: Tensor) -> list[tuple[str, Tensor]]:
@@ -120,47 +117,47 @@ class LiGOOperator(GrowthOperator):
         return [(name.replace("qkv", part), t) for part, t in zip("qkv", stack.chunk(3, 1), strict=True)]
 
     def _start(self) -> None:
-        old, new, maps = self.source_layout, self.target_layout, self.growth.maps
         generator = torch.Generator().manual_seed(self.growth.seed)
-        of_factor = {"embed": maps["embed"], "hidden": maps["hidden"]} | dict.fromkeys("qkv", maps["rows"])
-        self.factors = nn.ParameterDict()
-        for name in _FACTORS:
+        self.factors, self.coefficients = nn.ParameterDict(), nn.ParameterDict()
+        for old, new, layers in self._stages():
+            self._start_stage(old, new, layers, generator)
+
+    def _start_stage(self, old: Stage, new: Stage, layers: LayerMap, generator: torch.Generator) -> None:
+        maps, within = self.growth.maps, self._within(old)
+        of_factor = dict.fromkeys("qkv", maps[old.axis("rows")])
+        of_factor |= {name: maps[old.axis(name)] for name in ("embed", "hidden", "heads")}
+        tables = any(p.kind == "table" for p in within.values())
+        for name in (*_FACTORS, "heads") if tables else _FACTORS:
             if self.style == "paper":
                 factor = _copies(of_factor[name], name in ("embed", "v"), self.growth.noise, generator)
-                layers = (old.depth,) if self.per_layer and name != "embed" else ()
+                stacked = (old.depth,) if self.per_layer and name != "embed" else ()
             else:
-                layers = () if name == "embed" else (new.depth,)
+                stacked = () if name == "embed" else (new.depth,)
                 source, target = of_factor[name].size, len(of_factor[name].index)
                 factor = torch.rand(
-                    *layers, target - source, source, generator=generator, dtype=torch.float64
+                    *stacked, target - source, source, generator=generator, dtype=torch.float64
                 )
                 factor = factor / factor.sum(-1, keepdim=True)
-            self.factors[name] = nn.Parameter(
-                factor.to(self.device, self._wide).expand(*layers, *factor.shape[-2:]).clone()
+            self.factors[of_stage(old, name)] = nn.Parameter(
+                factor.to(self.device, self._wide).expand(*stacked, *factor.shape[-2:]).clone()
             )
-        chosen = torch.eye(old.depth, dtype=torch.float64)[list(self.growth.layers[0].index)]
-        self.coefficients = nn.ParameterDict()
-        for name in self._rests():
+        chosen = torch.eye(old.depth, dtype=torch.float64)[list(layers.index)]
+        for name in within:
             for part, _ in self._pieces(name, torch.zeros(1, 3)):
                 if self.style == "paper":
-                    start = chosen * self._scale(part)
+                    start = chosen * self._scale(old, new, part)
                 else:
                     noisy = torch.rand(chosen.shape, generator=generator, dtype=torch.float64) * 0.03
                     start = torch.where(chosen > 0, chosen, noisy)
                     start = start / start.sum(-1, keepdim=True)
-                self.coefficients[part.replace(".", "_")] = nn.Parameter(start.to(self.device, self._wide))
+                self.coefficients[of_stage(old, part)] = nn.Parameter(start.to(self.device, self._wide))
 
-    def _scale(self, part: str) -> float:
-        old, new = self.source_layout, self.target_layout
-        if part in ("attn.q.weight", "attn.q.bias") and not old.qk_norm:
-            return self._query_scale
+    def _scale(self, old: Stage, new: Stage, part: str) -> float:
+        if part in ("attn.q.weight", "attn.q.bias") and not self.source_layout.qk_norm:
+            return query_scale(old, new)
         if part == "mlp.fc2.weight":
             return old.hidden / new.hidden
         return math.sqrt(new.dim / old.dim) if part.endswith("gamma") else 1.0
-
-    def _depth(self, name: str) -> Tensor:
-        w: Tensor = self.coefficients[name.replace(".", "_")]
-        return w
 
     def _whole(self, factor: Tensor) -> Tensor:
         """A factor [..., n2, n1], with the identity that stands above it in style repo."""
@@ -169,26 +166,44 @@ class LiGOOperator(GrowthOperator):
         same = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return torch.cat([same.expand(*factor.shape[:-2], *same.shape), factor], -2)
 
-    def _evaluate(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        factors = dict(self.factors.items())
-        blocks: dict[str, Tensor] = self._head_norms(self._depth)
-        for name, p in self._rests().items():
-            if name in blocks or p.writes is None:
+    def _evaluate(self) -> tuple[Blocks, dict[str, Tensor]]:
+        blocks: Blocks = {}
+        for old, new, _ in self._stages():
+            blocks |= {(new.prefix, name): t for name, t in self._stage(old, new).items()}
+        embeds = [self._whole(self.factors[of_stage(s, "embed")]).t() for s in self.source_layout.stages]
+        return blocks, self._outside(embeds, embeds)
+
+    def _stage(self, old: Stage, new: Stage) -> dict[str, Tensor]:
+        """The tensors of all blocks of a stage [L2, ...] by name within a block."""
+
+        def factor(axis: str) -> Tensor:
+            found: Tensor = self.factors[of_stage(old, axis)]
+            return found
+
+        grown = self._head_norms(old, new, lambda name: self._depth(old, name))
+        for name, p in self._within(old).items():
+            if name in grown or p.writes is None:
                 continue
-            axis = p.writes[1]
+            axis = p.writes[1].removesuffix(old.suffix)
+            if p.kind == "table":
+                grown[name] = self._grow_table(old, name, factor(axis))
+                continue
+            reads = p.reads and p.reads.removesuffix(old.suffix)
+            into = factor("v" if reads == "rows" else reads) if reads else None
             parts = [
-                (part, factors[part.split(".")[1] if axis == "qkv" else axis])
+                self._grow(old, part, factor(part.split(".")[1] if axis == "qkv" else axis), into)
                 for part, _ in self._pieces(name, torch.zeros(1, 3))
             ]
-            into = None if p.reads is None else factors["v" if p.reads == "rows" else p.reads]
-            grown = [self._grow(part, out, into) for part, out in parts]
-            blocks[name] = torch.cat(grown, 1) if len(grown) > 1 else grown[0]
-        embed = self._whole(factors["embed"]).t()
-        return blocks, self._outside(embed, embed)
+            grown[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return grown
 
-    def _grow(self, part: str, out: Tensor, into: Tensor | None) -> Tensor:
+    def _depth(self, stage: Stage, name: str) -> Tensor:
+        w: Tensor = self.coefficients[of_stage(stage, name)]
+        return w
+
+    def _grow(self, stage: Stage, part: str, out: Tensor, into: Tensor | None) -> Tensor:
         """One tensor of all blocks [L2, ...]."""
-        stack, w = self._held(part), self._depth(part)
+        stack, w = self._held(stage.axis(part)), self._depth(stage, part)
         target = self.style == "repo"
         if into is None:
             out = self._whole(out)
@@ -204,6 +219,13 @@ class LiGOOperator(GrowthOperator):
         whose = "target" if target else "source"
         grown: Tensor = kron(stack[None], into, out, w[None], factors=whose, identity=target)
         return grown[0]
+
+    def _grow_table(self, stage: Stage, name: str, heads: Tensor) -> Tensor:
+        """Tables of positions of all blocks [L2, P, heads]."""
+        stack, w, heads = self._held(stage.axis(name)), self._depth(stage, name), self._whole(heads).mT
+        if self.style == "repo":
+            return torch.einsum("ml,lph->mph", w, stack) @ heads
+        return torch.einsum("ml,lph->mph", w, stack @ heads)
 
 
 def _copies(units: IndexMap, both_sides: bool, noise: float, generator: torch.Generator) -> Tensor:

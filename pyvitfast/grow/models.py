@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import timm
+import timm.data
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ def open_pair(source: Model, target: Target, head: str, seed: int) -> Pair:
         big = _target(target, old)
         new = layout_of(big)
     check_pair(old, new, keep_head=head == "target")
+    keep_normalisation(small, big)
     weights = {key: t.detach() for key, t in small.state_dict().items()}
     state = old.resized(weights, new.img_size)
     some = next(iter(weights.values()))
@@ -107,6 +109,21 @@ def layout_of(model: nn.Module) -> AnyLayout:
     """
     swin = plain_class(unwrap(model)) in (SwinTransformer, PrunedSwinTransformer)
     return SwinLayout.of(model) if swin else Layout.of(model)
+
+
+def keep_normalisation(source: nn.Module, target: nn.Module) -> bool:
+    """Make ``target`` expect images with the mean and standard deviation that ``source`` was trained with.
+
+    Returns:
+        Whether it expected others.
+    """
+    theirs, ours = (timm.data.resolve_model_data_config(m) for m in (source, target))
+    kept = {key: theirs[key] for key in ("mean", "std")}
+    if all(ours[key] == value for key, value in kept.items()):
+        return False
+    known: Any = target
+    known.pretrained_cfg = known.default_cfg = {**(getattr(target, "pretrained_cfg", None) or {}), **kept}
+    return True
 
 
 def _is_file(model: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from pyvitfast.grow.fixed import Growth, index_maps
-from pyvitfast.grow.layout import Layout
+from pyvitfast.grow.layout import Parameter, Stage
 from pyvitfast.grow.models import Model, Pair, Target, finished, open_pair, set_eps
-from pyvitfast.grow.rules import DEPTH
+from pyvitfast.grow.rules import DEPTH, LayerMap
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+# Stacks of the target's tensors of one name [L2, ...], by the start of the blocks' names and the name within.
+Blocks = dict[tuple[str, str], Tensor]
 
 # Seconds of training before a bar is worth its line.
 _PATIENCE = 5.0
@@ -31,8 +34,13 @@ class GrowthOperator(nn.Module, ABC):
     float64 for a float64 source. The target is kept without memory of its own: its weights are made anew for
     every evaluation.
 
+    Each stage of a Swin Transformer has maps of its own, since widths differ; their names end with its
+    number, as ``embed_0``. Between two stages, what merges four tokens reads by four copies of the map of the
+    stage before and writes by that of the stage after. Patches have the first stage's maps, the final norm
+    and the classifier the last's. Tables of relative positions grow by heads and are mixed by layers.
+
     Args:
-        source: as for :func:`pyvitfast.grow.grow`; a ViT or DeiT.
+        source: as for :func:`pyvitfast.grow.grow`.
         target: as for :func:`pyvitfast.grow.grow`.
         depth: ``stack``, ``stack_top`` or ``interleave``: which source block each target block starts from.
         noise: standard deviation of what the start is perturbed by, in units of 1 / sqrt(source width).
@@ -41,7 +49,7 @@ class GrowthOperator(nn.Module, ABC):
             along.
 
     Raises:
-        NotImplementedError: a Swin Transformer, or a part that growth does not know.
+        NotImplementedError: a part that growth does not know.
         TypeError, ValueError: as :func:`pyvitfast.grow.grow`.
     """
 
@@ -53,12 +61,6 @@ class GrowthOperator(nn.Module, ABC):
         super().__init__()
         self._check_start(depth, noise)
         pair = open_pair(source, target, head, seed)
-        if not isinstance(pair.source, Layout) or not isinstance(pair.target, Layout):
-            raise NotImplementedError(
-                f"{type(self).__name__}: `source` must be a timm ViT or DeiT, got a Swin Transformer. Its "
-                "stages have widths of their own, and one operator ties all blocks to one width. Take a "
-                'fixed rule: grow(source, target, method="fpi").'
-            )
         self.source_layout, self.target_layout = pair.source, pair.target
         self.growth = Growth(
             state={},
@@ -67,7 +69,10 @@ class GrowthOperator(nn.Module, ABC):
             width=self.method,
             depth=depth,
             maps=index_maps(pair.source, pair.target, "fpi", seed, {}),
-            layers=(DEPTH[depth](pair.source.depth, pair.target.depth, False),),
+            layers=tuple(
+                DEPTH[depth](a.depth, b.depth, pair.source.alternating)
+                for a, b in zip(pair.source.stages, pair.target.stages, strict=True)
+            ),
             noise=noise,
             seed=seed,
             neuron_wise=False,
@@ -77,6 +82,10 @@ class GrowthOperator(nn.Module, ABC):
         self._resized, self._own = pair.resized, pair.kept
         self._hold_outside(pair)
         set_eps(pair.big, self.growth)
+        # Shift masks and position indices are the architecture's; what is on meta has no values.
+        self._constants = {name: _plain(name, "target") for name, _ in pair.big.named_buffers()}
+        for name, constant in pair.big.named_buffers():
+            self.register_buffer(self._constants[name], constant.clone(), persistent=False)
         # In a tuple the target is no submodule: its weights are not the operator's.
         self._target = (pair.big.eval().to("meta"),)
         self.train(pair.training)
@@ -95,16 +104,23 @@ class GrowthOperator(nn.Module, ABC):
 
     def _hold_outside(self, pair: Pair) -> None:
         own = pair.big.state_dict()
-        for key, p in self.source_layout.parameters().items():
-            rest = key.split(".", 2)[-1]
-            if key in self._own:
-                continue
-            if not key.startswith("blocks."):
+        for key in self.source_layout.parameters():
+            if key not in self._own and not _in_blocks(self.source_layout.stages, key):
                 self._hold(key, pair.state[key])
-            elif key.startswith("blocks.0.") and p.writes and p.writes[1] == "head_dim":
-                names = [f"blocks.{i}.{rest}" for i in range(self.source_layout.depth)]
-                self._hold(rest, torch.stack([pair.state[name] for name in names]))
+        for stage in self.source_layout.stages:
+            for name, p in self._within(stage).items():
+                if beside(stage, p):
+                    self._hold(stage.axis(name), stack_of(pair, stage, name))
         self.own = nn.ParameterDict({_plain(key): nn.Parameter(own[key].to(self._wide)) for key in self._own})
+
+    def _within(self, stage: Stage) -> dict[str, Parameter]:
+        """Names within a block of a source's stage, and what they are."""
+        start, found = f"{stage.prefix}.0.", self.source_layout.parameters()
+        return {key.removeprefix(start): p for key, p in found.items() if key.startswith(start)}
+
+    def _stages(self) -> Iterator[tuple[Stage, Stage, LayerMap]]:
+        """Source's and target's stages, and the map of their blocks."""
+        return zip(self.source_layout.stages, self.target_layout.stages, self.growth.layers, strict=True)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(_plain(name), tensor.to(self._wide, copy=True))
@@ -119,24 +135,38 @@ class GrowthOperator(nn.Module, ABC):
         return next(self.buffers()).device
 
     @abstractmethod
-    def _evaluate(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The target's weights: those of all blocks [L2, ...] by name within a block, and all others."""
+    def _evaluate(self) -> tuple[Blocks, dict[str, Tensor]]:
+        """The target's weights: those of all blocks, and all others by name."""
 
-    def _outside(self, embed: Tensor, head: Tensor) -> dict[str, Tensor]:
-        """What is outside the blocks, by ``embed`` and ``head`` [D1, D2]."""
+    def _outside(self, embeds: Sequence[Tensor], heads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is outside the blocks, by maps [D1, D2] of each stage of what it writes and what it reads."""
+        stages = self.target_layout.stages
+        out, into = (
+            {
+                stage.axis(axis): m
+                for stage, m in zip(stages, maps, strict=True)
+                for axis in ("embed", "merge")
+            }
+            for maps in (embeds, heads)
+        )
         grown: dict[str, Tensor] = {}
         for key, p in self.target_layout.parameters().items():
-            if key.startswith("blocks."):
+            if _in_blocks(stages, key):
                 continue
             if key in self._own:
                 grown[key] = self.own[_plain(key)]
-            elif p.writes:
-                grown[key] = (self._held(key).movedim(p.writes[0], -1) @ embed).movedim(-1, p.writes[0])
-            else:
-                grown[key] = self._held(key) @ head if p.reads else self._held(key)
+                continue
+            tensor = self._held(key)
+            if p.reads:
+                tensor = _by_pieces(tensor, into[p.reads])
+            if p.writes:
+                tensor = _by_pieces(tensor.movedim(p.writes[0], -1), out[p.writes[1]]).movedim(
+                    -1, p.writes[0]
+                )
+            grown[key] = tensor
         return grown
 
-    def _head_norms(self, depth: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def _head_norms(self, old: Stage, new: Stage, depth: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Norms of queries and keys: mixed by ``depth`` [L2, L1], copied where heads grow wider."""
         if not self.source_layout.qk_norm:
             return {}
@@ -144,15 +174,12 @@ class GrowthOperator(nn.Module, ABC):
         for norm in ("q_norm", "k_norm"):
             for part in ("weight", "bias"):
                 name = f"attn.{norm}.{part}"
-                wide = self.growth.maps["head_dim"].copy(depth(name) @ self._held(name), 1)
-                grown[name] = wide * self._query_scale if norm == "q_norm" else wide
+                mixed = depth(name) @ self._held(old.axis(name))
+                wide = self.growth.maps[old.axis("head_dim")].copy(mixed, 1)
+                grown[name] = wide * query_scale(old, new) if norm == "q_norm" else wide
         return grown
 
-    @property
-    def _query_scale(self) -> float:
-        return math.sqrt(self.source_layout.head_dim / self.target_layout.head_dim)
-
-    def _grown(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _grown(self) -> tuple[Blocks, dict[str, Tensor]]:
         with torch.autocast(self.device.type, enabled=False):
             return self._evaluate()
 
@@ -171,7 +198,8 @@ class GrowthOperator(nn.Module, ABC):
     def _call(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], training: bool) -> Any:
         # The parts are in eval mode; of the whole, the mode tells whether DeiT returns both heads.
         self._target[0].training = training
-        return torch.func.functional_call(self._target[0], dict(weights), inputs)
+        constants = {name: getattr(self, held) for name, held in self._constants.items()}
+        return torch.func.functional_call(self._target[0], {**weights, **constants}, inputs)
 
     def fit(
         self,
@@ -196,7 +224,8 @@ class GrowthOperator(nn.Module, ABC):
             loss_fn: called with the target's outputs and the labels; returns a scalar. With
                 ``target.set_distilled_training(True)`` the outputs of a DeiT are a pair.
             steps: optimizer steps.
-            lr: learning rate; by default 1e-3 for target widths up to 64, falling to 1e-4 from 192 on.
+            lr: learning rate; by default 1e-3 for target widths up to 64, falling to 1e-4 from 192 on; in a
+                Swin Transformer by the width of the last stage.
             grad_accum: batches a step; their losses are averaged.
             clip: largest norm of the gradient.
             device: where to train; the operator is moved there. By default it stays.
@@ -222,7 +251,7 @@ class GrowthOperator(nn.Module, ABC):
         for name, count in (("steps", steps), ("grad_accum", grad_accum)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"fit: `{name}` must be a whole number of at least 1, got {count!r}.")
-        rate = _learning_rate(self.target_layout.dim) if lr is None else lr
+        rate = _learning_rate(self.target_layout.stages[-1].dim) if lr is None else lr
         for name, value in (("lr", rate), ("clip", clip)):
             if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"fit: `{name}` must be a number above 0, got {value}.")
@@ -294,24 +323,58 @@ class GrowthOperator(nn.Module, ABC):
         """
         big = copy.deepcopy(self._target[0]).to_empty(device=self.device).train(self.training)
         with torch.no_grad():
+            for name, constant in big.named_buffers():
+                constant.copy_(getattr(self, self._constants[name]))
             return finished(big, self.weights(), self.method, self.growth, self._resized, self._own)
 
 
-def _plain(name: str) -> str:
+def of_stage(stage: Stage, name: str) -> str:
+    """The name of a stage's parameter of an operator."""
+    return stage.axis(name).replace(".", "_")
+
+
+def _plain(name: str, whose: str = "source") -> str:
     """A name that may be a buffer's."""
-    return "source_" + name.replace(".", "_")
+    return f"{whose}_{name.replace('.', '_')}"
 
 
-def _each(tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {name: function(t) for name, t in tensors.items()}
+def _in_blocks(stages: Sequence[Stage], key: str) -> bool:
+    return any(key.startswith(f"{stage.prefix}.") for stage in stages)
 
 
-def _named(blocks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def beside(stage: Stage, p: Parameter) -> bool:
+    """Whether a block's tensor has no axis of the stream's, the rows' or the hidden units' width."""
+    return p.kind == "table" or (p.writes is not None and p.writes[1] == stage.axis("head_dim"))
+
+
+def stack_of(pair: Pair, stage: Stage, name: str) -> Tensor:
+    """The source's tensors of one name within a block [L1, ...]."""
+    return torch.stack([pair.state[f"{stage.prefix}.{i}.{name}"] for i in range(stage.depth)])
+
+
+def _by_pieces(tensor: Tensor, width: Tensor) -> Tensor:
+    """The last dimension by ``width`` [D1, D2]; of several D1 side by side, each."""
+    if tensor.shape[-1] == width.shape[0]:
+        return tensor @ width
+    pieces = tensor.reshape(*tensor.shape[:-1], -1, width.shape[0])
+    return (pieces @ width).flatten(-2)
+
+
+def query_scale(old: Stage, new: Stage) -> float:
+    """What queries are multiplied with where the target divides by the root of a larger head width."""
+    return math.sqrt(old.head_dim / new.head_dim)
+
+
+def _each(blocks: Blocks, function: Callable[[Tensor], Tensor]) -> Blocks:
+    return {name: function(t) for name, t in blocks.items()}
+
+
+def _named(blocks: Blocks, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = dict(others)
-    for name, stack in blocks.items():
+    for (prefix, name), stack in blocks.items():
         # One unbind, whose gradient is one stack: slices would each fill a tensor of the whole size.
         for i, tensor in enumerate(stack.unbind(0)):
-            state[f"blocks.{i}.{name}"] = tensor
+            state[f"{prefix}.{i}.{name}"] = tensor
     return state
 
 

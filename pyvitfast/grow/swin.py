@@ -39,6 +39,8 @@ class SwinLayout:
     global_pool: str
     eps: float = field(compare=False)
 
+    proj_bias = True
+    layer_scale = False
     qk_norm = False
     final_norm = "norm"
     writing_norm = "patch_embed.norm"
@@ -109,7 +111,7 @@ class SwinLayout:
                 )
             places = (2 * window[0] - 1) * (2 * window[1] - 1)
             for i in range(stage.depth):
-                found |= stage.block(i, self.qkv_bias, True, False, False)
+                found |= stage.block(i, self.qkv_bias, self.proj_bias, self.layer_scale, self.qk_norm)
                 found[f"{stage.prefix}.{i}.attn.relative_position_bias_table"] = Parameter(
                     (places, stage.heads), "table", (1, stage.axis("heads"))
                 )

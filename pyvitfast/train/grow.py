@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvitfast import grow as growth
+from pyvitfast.grow.models import keep_normalisation
 from pyvitfast.models.checkpoint import load
 from pyvitfast.models.summary import summary
 from pyvitfast.train import model as models
@@ -45,6 +46,8 @@ def grow(
             train_dense(job, "grows a trained model")
         small = load(job.folder.path / DENSE)
         target = models.target_of(small, s)
+        if keep_normalisation(small, target):
+            job.reporter.say("Images stay normalised as for the source; the target's own mean or std differ.")
         macs = summary(target).macs
         loop = _for_target(job, target)
         begun = stopped == "finetune"
@@ -54,7 +57,8 @@ def grow(
             loop.run(stage, model, state=job.take_state() if begun else None)
             begun = False
         if not begun:
-            job.take_state()  # of a stage that is over, or that is done anew
+            if state := job.take_state():  # of the operator's training, which is done anew
+                loop.check_world(state)
             _grow(job, small, macs)
         model = job.model if begun else load(job.folder.path / GROWN)
         accuracy = loop.run(
@@ -66,7 +70,7 @@ def grow(
 
 
 def _for_target(job: _Job, target: nn.Module) -> Loop:
-    """The job's loop, with images as ``target`` takes them, which may be normalised otherwise."""
+    """The job's loop, with images as ``target`` takes them, which may be cropped otherwise."""
     job.data.fit_to(target, job.settings)
     old = job.loop
     # A new one: loader processes keep copies of the data.

@@ -269,7 +269,7 @@ class Loop:
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
             progress = _Progress(**state["progress"])
-            self._check_world(state)
+            self.check_world(state)
         if teachers is not None:
             teachers.attach(model, True)
         running = _Running(
@@ -439,7 +439,8 @@ class Loop:
         command = f"pyvitfast {self.folder.verb} --resume --out {self.folder.path}"
         raise Interrupted(signum, f"Stopped; a checkpoint is saved. Go on with: {command}")
 
-    def _check_world(self, state: dict[str, Any]) -> None:
+    def check_world(self, state: dict[str, Any]) -> None:
+        """Raise UserError unless as many processes wrote the checkpoint's ``state``."""
         if state["world"] != self.accelerator.num_processes:
             raise UserError(
                 f"--resume: the run used {state['world']} process(es), now there are "

@@ -688,3 +688,28 @@ def test_moments_that_are_not_known_start_fresh():
     next(iter(optimizer.state.values()))["curvature"] = torch.zeros(3)
     with pytest.raises(ValueError, match="got curvature of"):
         grow_optimizer_state(optimizer, source, grown, new)
+
+
+def test_two_steps_are_one():
+    source, middle, target = vit(), vit(64, 2, 8), vit(128, 4, 16)
+    twice, once = grow(grow(source, middle, noise=0), target, noise=0), grow(source, target, noise=0)
+    for (key, got), want in zip(twice.state_dict().items(), once.state_dict().values(), strict=True):
+        assert torch.equal(got, want), key
+    # A smaller epsilon, which average leaves, goes along.
+    middle = grow(source, vit(48, 2, 6), "average")
+    assert difference(source, grow(middle, vit(80, 3, 10), "average")) <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["fpi", "mango", "ligo"])
+def test_images_are_normalised_as_the_source_had_them(method):
+    source = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    target = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    theirs = dict(target.pretrained_cfg)
+    assert theirs["mean"] != source.pretrained_cfg["mean"]
+    grown = grow(source, target, method)
+    for key, value in grown.pretrained_cfg.items():
+        assert value == (source.pretrained_cfg if key in ("mean", "std") else theirs)[key]
+    assert timm.data.resolve_model_data_config(grown)["std"] == source.pretrained_cfg["std"]
+    assert target.pretrained_cfg == theirs
+    # timm takes ImageNet's mean for a model that says nothing.
+    assert not hasattr(grow(vit(), vit(64, 2, 8), method), "pretrained_cfg")

@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer
 
 import pyvitfast as vf
+from pyvitfast.train.data import ImageSplit
 from pyvitfast.train.loop import Loop
 from pyvitfast.train.savings import Costs, Saving, operations_to, saving, update_flops
-from tests.train.conftest import metrics, stopping_after
+from tests.train.conftest import metrics, start, stopping_after
 
 TINY = ("--epochs", 2, "--finetune-epochs", 2, "--batch-size", 100, "--device", "cpu", "--operator-steps", 3)
 
@@ -99,6 +101,80 @@ def test_a_signal_ends_the_training_of_the_operator(whole, no_report, tmp_path, 
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("o", "whole"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert '"event": "start"' in (tmp_path / "o" / "metrics.jsonl").read_text()
+
+
+def test_the_operator_is_not_trained_anew_by_another_number_of_processes(whole, tmp_path, cli, monkeypatch):
+    def interrupted(self, stage, epoch):
+        signal.raise_signal(signal.SIGTERM)
+        yield from stream(self, stage, epoch)
+
+    stream, out = Loop.stream, tmp_path / "o"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "stream", interrupted)
+        result = cli("grow", "--source", whole[0] / "dense.safetensors", *TINY, "--out", out)
+    assert result.exit_code == 128 + signal.SIGTERM, result.output
+    process = start("grow", "--resume", "--out", out, processes=2)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "--resume: the run used 1 process(es), now there are 2. Start as many." in stderr
+    assert not (out / "grown.safetensors").exists()
+
+
+def test_growth_in_steps(whole, no_report, tmp_path, cli):
+    """The outcome of a run is the source of the next, whichever rule made it."""
+    steps = (("average", 72, 6), ("fpi", 144, 12), ("mango", 288, 24))
+    source, accuracies = whole[0] / "dense.safetensors", []
+    for method, width, heads in steps:
+        big = timm.create_model("vit_micro_patch2_8", embed_dim=width, num_heads=heads)
+        vf.save(big, tmp_path / "target.safetensors")
+        options = ("--method", method, "--grow-noise", 0, "--operator-steps", 0, "--finetune-epochs", 0)
+        files = ("--source", source, "--target", tmp_path / "target.safetensors", "--out", tmp_path / method)
+        result = cli("grow", *options, *files, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        source = tmp_path / method / "model.safetensors"
+        accuracies += [e["top1"] for e in metrics(tmp_path / method) if e["event"] in ("dense", "grown")]
+    assert len(accuracies) == 6
+    assert max(accuracies) - min(accuracies) <= 0.3  # an image of 497
+
+
+def test_swin_grows_by_a_trained_operator(tmp_path, cli):
+    small = {"img_size": 16, "patch_size": 2, "window_size": 4, "in_chans": 1, "num_classes": 10}
+    for name, width, heads in (("small", 8, (1, 2)), ("big", 16, (2, 4))):
+        model = SwinTransformer(embed_dim=width, depths=(2, 2), num_heads=heads, **small)
+        vf.save(model, tmp_path / f"{name}.safetensors")
+    files = ("--source", tmp_path / "small.safetensors", "--target", tmp_path / "big.safetensors")
+    for method in ("mango", "ligo"):
+        out = tmp_path / method
+        result = cli("grow", *files, *TINY, "--finetune-epochs", 1, "--method", method, "--out", out)
+        assert result.exit_code == 0, result.output
+        (grown,) = (e for e in metrics(out) if e["event"] == "grown")
+        assert grown["flops"]["operator"] > 3 * grown["flops"]["update"]
+        assert vf.load(out / "model.safetensors").num_features == 32
+
+
+def test_all_see_images_as_the_source_had_them(image_folder, no_report, tmp_path, cli, monkeypatch):
+    small = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+    vf.save(small, tmp_path / "small.safetensors")
+    seen, fit_to = [], ImageSplit.fit_to
+
+    def recorded(self, *args, **kwargs):
+        fit_to(self, *args, **kwargs)
+        seen.append(tuple(self.transform.transforms[-1].mean.tolist()))
+
+    monkeypatch.setattr(ImageSplit, "fit_to", recorded)
+    target = ("--target", "vit_tiny_patch16_224", "--set", "img_size=32", "--set", "workers=0")
+    options = ("--method", "fpi", "--data", image_folder, "--batch-size", 4, "--finetune-epochs", 1)
+    source = ("--source", tmp_path / "small.safetensors", "--device", "cpu")
+    result = cli("grow", *source, *target, *options, "--compare", "--out", tmp_path / "o")
+    assert result.exit_code == 0, result.output
+    assert len(seen) == 4
+    for mean in seen:
+        assert mean == pytest.approx(small.pretrained_cfg["mean"])
+    assert "Images stay normalised as for the source" in result.output
+    big = vf.load(tmp_path / "o" / "model.safetensors")
+    assert big.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
+    for key in ("mean", "std"):
+        assert big.pretrained_cfg[key] == small.pretrained_cfg[key]
 
 
 def test_more_layers_are_reported_and_drop_path_is_the_targets(whole, tmp_path, cli):
