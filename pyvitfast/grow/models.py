@@ -114,6 +114,8 @@ def layout_of(model: nn.Module) -> AnyLayout:
 def keep_normalisation(source: nn.Module, target: nn.Module) -> bool:
     """Make ``target`` expect images with the mean and standard deviation that ``source`` was trained with.
 
+    A model that says nothing of them has timm's default, ImageNet's.
+
     Returns:
         Whether it expected others.
     """
