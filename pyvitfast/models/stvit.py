@@ -20,20 +20,12 @@ from pyvitfast.models.vision_transformer import (
     PrunedVisionTransformerDistilled,
     two_width_attention,
 )
+from pyvitfast.ops.adaptive_window_pool import widest_bin
+from pyvitfast.reference.adaptive_window_pool import bins
 
 POOLS = ("avg", "max", "overlap", "multiscale", "learned")
 PREFIXES = ("drop", "keys", "carry")
 SCOPES = ("window", "grid")
-
-
-def bins(cells: int, count: int) -> list[tuple[int, int]]:
-    """First cell and end of each of ``count`` bins over ``cells`` cells, by torch's rule."""
-    return [(i * cells // count, -(-(i + 1) * cells // count)) for i in range(count)]
-
-
-def widest_bin(cells: int, count: int) -> int:
-    """Cells of the largest of these bins."""
-    return max(end - start for start, end in bins(cells, count))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import nn
 
 from pyvitfast.models.config import ViTConfig
 from pyvitfast.models.modules import unwrap
-from pyvitfast.models.stvit import SemanticTokensMixin, TokensConfig, add_semantic_tokens, widest_bin
+from pyvitfast.models.stvit import SemanticTokensMixin, TokensConfig, add_semantic_tokens
 from pyvitfast.models.vision_transformer import BlockDims, ViTDims
+from pyvitfast.ops.adaptive_window_pool import widest_bin
 
 NORM = 5  # multiply-accumulates of a value in a LayerNorm, as the paper's counter has it
 

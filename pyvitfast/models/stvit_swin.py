@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pyvitfast.models.modules import kernel
+from pyvitfast.models.modules import is_plain_linear, kernel
 from pyvitfast.models.stvit import cross_attention
 
 STEMS = ("conv", "patch")
@@ -152,13 +152,12 @@ class SemanticBlock(Block):  # type: ignore[misc]
         """
         attn: Any = self.attn
         heads, width = attn.num_heads, attn.head_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
         channels = queries.shape[-1]
         normed = self.norm1(queries)
-        q = F.linear(normed, weight[:channels], None if bias is None else bias[:channels])
+        q = self._projected(normed, slice(None, channels))
 
         def keys_values(x: Tensor) -> tuple[Tensor, Tensor]:
-            both = F.linear(x, weight[channels:], None if bias is None else bias[channels:])
+            both = self._projected(x, slice(channels, None))
             k, v = torch.unflatten(both, -1, (2, heads, width)).unbind(-3)
             return k, v
 
@@ -176,6 +175,14 @@ class SemanticBlock(Block):  # type: ignore[misc]
             scale=float(attn.scale),
         )
         return self.finish(shortcut, attn.proj_drop(attn.proj(mixed.flatten(-2))))
+
+    def _projected(self, x: Tensor, rows: slice) -> Tensor:
+        """``x`` times some rows of the fused projection; a layer that does more than multiply is called."""
+        qkv: Any = self.attn.qkv
+        if is_plain_linear(qkv):
+            return F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+        whole: Tensor = qkv(x)
+        return whole[..., rows]
 
     def everywhere(
         self, queries: Tensor, keys: Tensor, before: Tensor | None = None, shortcut: Tensor | None = None
@@ -252,7 +259,6 @@ class SemanticStage(nn.Module):
         self.grad_checkpointing = False
         first = stage.blocks[0]
         self.window = tuple(first.window_size)
-        self.shifts_never = config.recover
         blocks = []
         for i, block in enumerate(stage.blocks):
             if self.is_plain(i):

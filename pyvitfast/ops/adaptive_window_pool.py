@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
+from pyvitfast.reference.adaptive_window_pool import bins
 
 NAME = "adaptive_window_pool"
 MODES = ("avg", "max", "learned")
@@ -15,7 +16,7 @@ MODES = ("avg", "max", "learned")
 
 def widest_bin(cells: int, count: int) -> int:
     """Cells of the largest of ``count`` adaptive bins over ``cells`` cells."""
-    return max(-(-(i + 1) * cells // count) - i * cells // count for i in range(count))
+    return max(end - start for start, end in bins(cells, count))
 
 
 def _whole(value: Any) -> bool:

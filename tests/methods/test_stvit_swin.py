@@ -22,6 +22,7 @@ from pyvitfast.models.stvit_swin import (
 )
 from pyvitfast.models.stvit_swin_config import STViTSwinConfig
 from pyvitfast.prune import NViTPruner
+from pyvitfast.quantize import QuantConfig, convert, prepare
 from pyvitfast.tokens import to_stvit
 from tests.methods.test_stvit import shaken
 
@@ -267,6 +268,23 @@ class TestStages:
             gradients.append([p.grad.clone() for p in model.parameters()])
         for plain, saved in zip(*gradients, strict=True):
             torch.testing.assert_close(saved, plain, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("layout", ["global", "windows"])
+    def test_quantised_layers_are_called(self, layout):
+        """Windows read thirds of a fused weight, which must not pass by its quantisation."""
+        model = tiny(layout=layout, layer_scale=0.5).float()
+        x = images(224, 224).float()
+        plain = model(x)
+        low = prepare(model, QuantConfig(weight_bits=2)).eval()
+        expected = low(x)
+        assert (expected - plain).abs().max() > 1e-3
+        reads = [b.attn.qkv for b in low.layers[2].blocks if isinstance(b, SemanticBlock)]
+        seen = []
+        for layer in reads:
+            layer.register_forward_hook(lambda layer, *_: seen.append(layer))
+        torch.testing.assert_close(low(x), expected)
+        assert {id(layer) for layer in seen} == {id(layer) for layer in reads}
+        torch.testing.assert_close(convert(low)(x), expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("recover", [True, False])
     def test_saved_and_loaded(self, recover, tmp_path):
