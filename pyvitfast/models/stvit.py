@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, trunc_normal_
+from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -314,6 +315,19 @@ def _thirds(attn: Any) -> list[int]:
     return splits
 
 
+def _projected(
+    block: Any, queries: Tensor, keys: Tensor, before: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, M, D], keys and values [B, H, K + N, D] of a block; its layers are called."""
+    attn, count = block.attn, queries.shape[1]
+    rows = torch.cat([t for t in (queries, before, keys) if t is not None], dim=1)
+    q, k, v = (
+        torch.unflatten(part, 2, (attn.num_heads, -1)).transpose(1, 2)
+        for part in attn.qkv(block.norm1(rows)).split(_thirds(attn), dim=-1)
+    )
+    return q[:, :, :count], k[:, :, count:], v[:, :, count:]
+
+
 def cross_attention(block: Any, queries: Tensor, keys: Tensor, before: Tensor | None = None) -> Tensor:
     """Attention of a ViT block: ``queries`` [B, M, C] over ``before`` [B, K, C] and ``keys`` [B, N, C].
 
@@ -342,16 +356,9 @@ def cross_attention(block: Any, queries: Tensor, keys: Tensor, before: Tensor | 
             scale=float(attn.scale),
         )
     else:
-        count = queries.shape[1]
-        rows = torch.cat([t for t in (queries, before, keys) if t is not None], dim=1)
-        q, k, v = (
-            part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)  # [B, H, M + K + N, D]
-            for part in attn.qkv(block.norm1(rows)).split(_thirds(attn), dim=-1)
-        )
+        q, k, v = _projected(block, queries, keys, before)
         dropout = attn.attn_drop.p if attn.attn_drop.training else 0.0
-        mixed = two_width_attention(
-            q[:, :, :count], k[:, :, count:], v[:, :, count:], float(attn.scale), None, dropout
-        )
+        mixed = two_width_attention(q, k, v, float(attn.scale), None, dropout)
         mixed = attn.proj(mixed.transpose(1, 2).flatten(2))
     out: Tensor = attn.proj_drop(mixed)
     return out
@@ -466,15 +473,10 @@ class SemanticTokensMixin:
         grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
         queries, keys, before, _ = self._reads(config.layers - 1, tokens, image)
         block = model.blocks[last]
-        attn, count = block.attn, queries.shape[1]
-        rows = torch.cat([t for t in (queries, before, keys) if t is not None], dim=1)
-        q, k, _ = (
-            part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-            for part in attn.qkv(block.norm1(rows)).split(_thirds(attn), dim=-1)
-        )
-        scores = float(attn.scale) * q[:, :, carried:count].float() @ k[:, :, count:].float().transpose(2, 3)
-        weights: Tensor = scores.softmax(-1).mean(1)[:, :, -grid[0] * grid[1] :].unflatten(2, grid)
-        return weights
+        q, k, _ = _projected(block, queries, keys, before)
+        scores = float(block.attn.scale) * q[:, :, carried:].float() @ k.float().transpose(2, 3)
+        patches = scores.softmax(-1).mean(1)[:, :, -grid[0] * grid[1] :]
+        return torch.unflatten(patches, 2, grid)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, 3, H, W] to semantic tokens [B, M, C], normalised as in timm."""
@@ -504,13 +506,7 @@ class SemanticTokensMixin:
             raise ValueError(f"STViT: `output_fmt` must be NCHW or NLC, got {output_fmt!r}.")
         model: Any = self
         config = self.stgm.config
-        depth = len(model.blocks)
-        if indices is None:
-            wanted = set(range(depth))
-        elif isinstance(indices, int):
-            wanted = set(range(depth - indices, depth))
-        else:
-            wanted = {i % depth for i in indices}
+        wanted, last = feature_take_indices(len(model.blocks), indices)
         found = []
         for i, (tokens, grid) in enumerate(self._states(x)):
             if i in wanted:
@@ -524,7 +520,7 @@ class SemanticTokensMixin:
                         )
                     y = y.transpose(1, 2).unflatten(2, grid).contiguous()
                 found.append((y, prefix) if return_prefix_tokens and held else y)
-            if stop_early and i == max(wanted):
+            if stop_early and i == last:
                 break
         if intermediates_only:
             return found
