@@ -209,14 +209,16 @@ def semantic_tokens(path: Path, model: Any, samples: Tensor) -> None:
         samples: images [B, C, H, W] as the model takes them.
     """
     maps = model.token_attention(samples.to(next(model.parameters()).dtype))  # [B, M, h, w]
-    shares = maps / maps.flatten(2).sum(-1)[..., None, None].clamp(min=1e-12)
+    shares = (maps / maps.flatten(2).sum(-1)[..., None, None].clamp(min=1e-12)).numpy()
     shown = min(6, maps.shape[1])
     low, high = (f(samples.float().flatten(1), dim=1)[:, None, None, None] for f in (amin, amax))
-    pictures = ((samples.float() - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1)
+    pictures = ((samples.float() - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1).numpy()
     extent = (0, samples.shape[3], samples.shape[2], 0)
     with _figure(path, 1.5 * (shown + 2), 1.6 * len(samples) + 0.4) as figure:
         rows = figure.subplots(len(samples), shown + 2, squeeze=False)
-        for row, picture, image_maps, owners in zip(rows, pictures, shares, maps.argmax(1), strict=True):
+        for row, picture, image_maps, owners in zip(
+            rows, pictures, shares, maps.argmax(1).numpy(), strict=True
+        ):
             owned = [int((owners == token).sum()) for token in range(len(image_maps))]
             tokens = sorted(range(len(image_maps)), key=lambda t: -owned[t])[:shown]
             grey = picture.mean(-1)
