@@ -78,7 +78,7 @@ def write_report(
     if saved:
         _print(_SAVED, saved, console, wraps=True)
     images = _figures(folder, old, new, events)
-    if samples is not None and hasattr(after.model, "token_attention"):
+    if samples is not None and _reads_patches(after.model):
         images["What the semantic tokens attend to"] = folder / "report-tokens.png"
         plots.semantic_tokens(images["What the semantic tokens attend to"], after.model, samples)
     start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
@@ -95,6 +95,12 @@ def write_report(
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _reads_patches(model: nn.Module) -> bool:
+    """Whether the model has semantic tokens whose last layer reads the image."""
+    config: Any = getattr(getattr(model, "stgm", None), "config", None)
+    return config is not None and (config.layers == 1 or config.concat_keys)
 
 
 def savings(events: Sequence[Mapping[str, Any]]) -> list[list[str]]:
