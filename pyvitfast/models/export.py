@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyvitfast.models.checkpoint import write_atomically
 from pyvitfast.models.crossvit_fusion import swap_blocks
-from pyvitfast.models.modules import unwrap
+from pyvitfast.models.modules import plain_torch, unwrap
 from pyvitfast.models.summary import summary
 
 FORMATS = ("onnx", "pt2")
@@ -152,7 +152,7 @@ def export(
     inner = unwrap(model)
     _check(inner, chosen)
     inner = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
-    swap_blocks(inner, enable=False)  # no runtime but ours has our op
+    swap_blocks(inner, enable=False)  # no runtime but ours has our ops
     size = input_size or summary(inner).input_size
     dtype = next((p.dtype for p in inner.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,8 @@ def export(
 
     # A batch of one would be taken for a constant.
     shapes = ({0: torch.export.Dim("batch")},) if batch_size is None else None
-    data, run = (_onnx if chosen == "onnx" else _pt2)(inner, images(batch_size or 2), shapes)
+    with plain_torch():
+        data, run = (_onnx if chosen == "onnx" else _pt2)(inner, images(batch_size or 2), shapes)
     error: float | None = None
     if run is not None:
         batches = [images(n) for n in ((1, 3) if batch_size is None else (batch_size,))]

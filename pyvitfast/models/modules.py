@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm.layers
@@ -55,12 +56,26 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain(module, nn.Linear) and type(module.weight) in _PLAIN_TENSORS
 
 
+_in_plain_torch = False
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Models take references instead of ops, for files that must run without us."""
+    global _in_plain_torch
+    before, _in_plain_torch = _in_plain_torch, True
+    try:
+        yield
+    finally:
+        _in_plain_torch = before
+
+
 def kernel(name: str, device: torch.device) -> Callable[..., Any]:
     """Op ``name`` or its reference; without the lookup of ``ops.implementation``, which has no trace."""
-    if ops.available(name, device):
+    if ops.available(name, device) and not _in_plain_torch:
         compiled: Callable[..., Any] = getattr(ops, name)
         return compiled
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _in_plain_torch:
         plain: Callable[..., Any] = getattr(reference, name)
         return plain
     return ops.implementation(name, device)  # says once that it is the reference

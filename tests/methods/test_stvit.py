@@ -376,6 +376,16 @@ class TestModule:
         compiled = torch.compile(fast, fullgraph=True, dynamic=False)
         torch.testing.assert_close(compiled(images.float()), fast(images.float()), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+    def test_exported_without_our_ops(self, tmp_path, suffix):
+        fast = to_stvit(vit(), (4, 4), warm_start=False).float()
+        report = vf.models.export(fast, tmp_path / f"m.{suffix}")
+        assert report.max_error is not None
+        assert report.max_error < 1e-4
+        if suffix == "pt2":
+            code = torch.export.load(tmp_path / "m.pt2").module().code
+            assert "pyvitfast" not in code
+
     def test_registered_models_take_timms_arguments(self):
         model = timm.create_model(
             "stvit_deit_tiny_16", num_classes=7, img_size=64, patch_size=8, depth=6, base=2
