@@ -17,8 +17,9 @@ NAMES = (
     "q_bias", "k_bias", "v_bias", "proj_bias", "norm_weight", "norm_bias",
 )  # fmt: skip
 _REQUIRED = (0, 2, 3, 4, 5, 6)
-# What a multiply-accumulate of the absorbed form costs in those of the plain one, measured on the CPU.
-_ABSORBED_COST = 1.0
+# What a multiply-accumulate with a weight, or with the rows, costs in those of the plain form, measured on
+# the CPU: products of few rows with a weight are slower than those of all rows.
+_WEIGHT_COST, _ROW_COST = 2.0, 1.25
 _MOST_CUDA_CHANNELS = {torch.float64: 352}  # that shared memory holds
 _MOST_CUDA_CHANNELS_ELSE = 768
 
@@ -35,8 +36,8 @@ def plain_macs(queries: int, rows: int, channels: int) -> int:
 
 def absorbs(queries: int, rows: int, channels: int, num_heads: int) -> bool:
     """Whether keys and values of ``rows`` rows would cost more than the absorbed form."""
-    absorbed = _ABSORBED_COST * absorbed_macs(queries, rows, channels, num_heads)
-    return rows > 0 and absorbed <= plain_macs(queries, rows, channels)
+    weights, sums = 4 * queries * channels**2, 2 * num_heads * queries * rows * channels
+    return rows > 0 and _WEIGHT_COST * weights + _ROW_COST * sums <= plain_macs(queries, rows, channels)
 
 
 def _fits(tokens: Tensor) -> bool:
@@ -185,7 +186,7 @@ def semantic_pool_attention(
 
     Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
     depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
-    and values cost fewer multiply-accumulates, about M above C / (H - 1), they are computed, in plain torch
+    and values are cheaper, about M above C / 2 H with few rows, they are computed, in plain torch
     and the dtype of the inputs; on CUDA also above 768 channels, or 352 in float64.
 
     Source:

@@ -168,7 +168,9 @@ def test_many_queries_take_keys_and_values(queries, tokens):
 
 
 def test_the_cheaper_form_is_taken():
-    # DeiT-S over 196 tokens: it pays for 16 and 36 tokens, not for 100.
+    # DeiT-S over 196 tokens: it pays for 16 tokens, not for 36; over 4096 for both.
+    assert not absorbs(36, 196, 384, 6)
+    assert absorbs(36, 4096, 384, 6)
     assert absorbs(16, 196, 384, 6)
     assert not absorbs(100, 196, 384, 6)
     assert absorbs(16, 4096, 384, 6)
