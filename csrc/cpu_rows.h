@@ -102,6 +102,23 @@ PVF_INLINE void normalize_row(const A* from, int64_t count, Moments<A> moments, 
     }
 }
 
+// A row normalised by its moments: those kept in `mean` and `rstd`, or its own, which are kept
+// where these are not null.
+template <bool kKnown, typename A>
+PVF_INLINE void hat_of(const A* row, int64_t count, double eps, A* mean, A* rstd, A* to) {
+    Moments<A> moments;
+    if constexpr (kKnown) {
+        moments = {*mean, *rstd};
+    } else {
+        moments = moments_of(row, count, eps);
+        if (mean != nullptr) {
+            *mean = moments.mean;
+            *rstd = moments.rstd;
+        }
+    }
+    normalize_row(row, count, moments, to);
+}
+
 template <typename A>
 PVF_INLINE A dot_of(const A* a, const A* b, int64_t count) {
     Wide<A> sums = {};

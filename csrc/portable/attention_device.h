@@ -31,11 +31,6 @@ constexpr int kTogether = 16 / static_cast<int>(sizeof(A));
 template <typename A>
 constexpr A kMinusInfinity = -static_cast<A>(__builtin_huge_valf());
 
-template <typename A>
-PVF_DEVICE A exponential(A x) {
-    return exp2(x * A(1.4426950408889634));
-}
-
 // The rows of a tile, widened, from where `row_at(i)` points to: `count` of them and zeros after.
 template <typename A, typename T, typename F>
 PVF_DEVICE void fill_tile(A* tile, int stride, int width, int rows, int count, A factor,
@@ -201,6 +196,27 @@ struct BlockQueries {
     }
 };
 
+// Brings the keys and values of the block's split a tile at a time; body(first, count) of each.
+template <typename T, int kKeys, typename A, typename F>
+PVF_DEVICE void for_key_tiles(const AttentionParams& p, const BlockQueries& block,
+                              const GroupKeys& of, A* keys, A* values, int stride, int width,
+                              const F& body) {
+    const int64_t begin = block.split * p.keys_per_split;
+    const int64_t all = of.count(p);
+    const int64_t end = begin + p.keys_per_split < all ? begin + p.keys_per_split : all;
+    PVF_NO_UNROLL
+    for (int64_t first = begin; first < end; first += kKeys) {
+        const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
+        sync_threads();  // the last tile has been read
+        fill_tile<A, T>(keys, stride, width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.k_before, p.k, first + row); });
+        fill_tile<A, T>(values, stride, width, kKeys, count, A(1),
+                        [&](int row) { return of.row<T>(p, p.v_before, p.v, first + row); });
+        sync_threads();
+        body(first, count);
+    }
+}
+
 // A block: 16 queries of a group over a split of its keys.
 template <typename A, typename T, int kColumns>
 PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
@@ -234,18 +250,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
             sums[i][j] = A(0);
         }
     }
-    const int64_t begin = block.split * p.keys_per_split;
-    const int64_t all = of.count(p);
-    const int64_t end = begin + p.keys_per_split < all ? begin + p.keys_per_split : all;
-    PVF_NO_UNROLL
-    for (int64_t first = begin; first < end; first += kKeys) {
-        const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
-        sync_threads();  // the last tile has been read
-        fill_tile<A, T>(keys, stride, width, kKeys, count, A(1),
-                        [&](int row) { return of.row<T>(p, p.k_before, p.k, first + row); });
-        fill_tile<A, T>(values, stride, width, kKeys, count, A(1),
-                        [&](int row) { return of.row<T>(p, p.v_before, p.v, first + row); });
-        sync_threads();
+    const auto attend = [&](int64_t first, int count) {
         A scores[kWarpQueries][kLaneKeys<A>];
         dot_rows(queries + warp_first * stride, keys, stride, width, scores);
         PVF_UNROLL
@@ -281,7 +286,8 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
         }
         sync_warp();
         add_rows(weights + warp_first * kKeys, kKeys, 1, values, stride, count, width, sums);
-    }
+    };
+    for_key_tiles<T, kKeys>(p, block, of, keys, values, stride, width, attend);
     PVF_UNROLL
     for (int i = 0; i < kWarpQueries; ++i) {
         if (warp_first + i >= block.count) {
@@ -567,23 +573,14 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kAttentionThreads, sizeof(A) == 8 ? 2 : 4)
             d_q[i][j] = A(0);
         }
     }
-    const int64_t begin = block.split * p.keys_per_split;
-    const int64_t all = of.count(p);
-    const int64_t end = begin + p.keys_per_split < all ? begin + p.keys_per_split : all;
-    PVF_NO_UNROLL
-    for (int64_t first = begin; first < end; first += kKeys) {
-        const int count = static_cast<int>(end - first < kKeys ? end - first : kKeys);
-        sync_threads();  // the last tile has been read
-        fill_tile<A, T>(tiles.keys, tiles.stride, tiles.width, kKeys, count, A(1),
-                        [&](int row) { return of.row<T>(p, p.k_before, p.k, first + row); });
-        fill_tile<A, T>(tiles.values, tiles.stride, tiles.width, kKeys, count, A(1),
-                        [&](int row) { return of.row<T>(p, p.v_before, p.v, first + row); });
-        sync_threads();
+    const auto add_slopes = [&](int64_t first, int count) {
         tiles.make(p, block.group, block.first, block.count, lane < count ? first + lane : -1);
         sync_warp();
         add_rows(tiles.score_slopes + warp_first * kKeys, kKeys, 1, tiles.keys, tiles.stride, count,
                  tiles.width, d_q);
-    }
+    };
+    for_key_tiles<T, kKeys>(p, block, of, tiles.keys, tiles.values, tiles.stride, tiles.width,
+                            add_slopes);
     PVF_UNROLL
     for (int i = 0; i < kWarpQueries; ++i) {
         if (warp_first + i >= block.count) {

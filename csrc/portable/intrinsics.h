@@ -162,4 +162,10 @@ void cp_async_wait() {
 
 #endif
 
+// exp(x) of a difference to a peak; NaN stays NaN.
+template <typename A>
+PVF_DEVICE A exponential(A x) {
+    return exp2(x * A(1.4426950408889634));
+}
+
 }  // namespace pyvitfast::device

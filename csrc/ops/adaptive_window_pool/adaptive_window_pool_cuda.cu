@@ -14,11 +14,6 @@ namespace {
 
 constexpr int kWarps = kWindowPoolThreads / kWarpSize;
 
-template <typename A>
-PVF_DEVICE A natural_exp(A x) {
-    return exp2(x * A(1.4426950408889634));
-}
-
 // f(place among the weights, row, column) for the cells of a window that fall to a lane.
 template <typename F>
 PVF_DEVICE void for_cells(const WindowPool& p, int64_t image, int64_t bin, const Window& window,
@@ -52,7 +47,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
     greatest = warp_max(greatest);
     A sum = A(0);
     for_cells(p, image, bin, window, lane_id(), kWarpSize, [&](int64_t at, int64_t, int64_t) {
-        sum += natural_exp(load(logits + at) - greatest);
+        sum += exponential(load(logits + at) - greatest);
     });
     sum = warp_sum(sum);
     const int64_t down = window.rows.end - window.rows.begin;
@@ -60,7 +55,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
     for (int64_t cell = lane_id(); cell < p.cells(); cell += kWarpSize) {
         const int64_t at = task * p.cells() + cell;
         const bool there = cell / p.cell_cols < down && cell % p.cell_cols < across;
-        store(weights + at, there ? natural_exp(load(logits + at) - greatest) / sum : A(0));
+        store(weights + at, there ? exponential(load(logits + at) - greatest) / sum : A(0));
     }
 }
 
@@ -232,8 +227,20 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kWindowPoolThreads, 4)
     }
 }
 
-Dim3 blocks_of(int64_t tasks, int64_t each) {
-    return Dim3{static_cast<unsigned>((tasks + each - 1) / each), 1, 1};
+using Kernel = void (*)(WindowPool);
+
+const char* run(Kernel kernel, int64_t blocks, const WindowPool& p, void* stream) {
+    return launch_result(launch(kernel, Dim3{static_cast<unsigned>(blocks), 1, 1},
+                                Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
+}
+
+int64_t blocks_of(int64_t tasks, int64_t each) { return (tasks + each - 1) / each; }
+
+// A thread for each value, or for each four where `vectors`.
+const char* run_by_value(Kernel four, Kernel one, bool vectors, int64_t values, const WindowPool& p,
+                         void* stream) {
+    const int64_t each = kWindowPoolThreads * (vectors ? kWindowPoolVector : 1);
+    return run(vectors ? four : one, blocks_of(values, each), p, stream);
 }
 
 // Whether four channels are always one aligned load.
@@ -259,25 +266,19 @@ const char* with_mode(PoolMode mode, const F& f) {
 }  // namespace
 
 const char* adaptive_window_pool_weigh_cuda(const WindowPool& p, void* stream) {
-    const auto kernel = p.type == FloatType::kFloat64 ? weigh_kernel<double> : weigh_kernel<float>;
-    return launch_result(launch(kernel, blocks_of(p.batch * p.bins(), kWarps),
-                                Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
+    return run(p.type == FloatType::kFloat64 ? weigh_kernel<double> : weigh_kernel<float>,
+               blocks_of(p.batch * p.bins(), kWarps), p, stream);
 }
 
 const char* adaptive_window_pool_cuda(const WindowPool& p, void* stream) {
     const char* problem = nullptr;
     with_float(p.type, [&]<typename T>(Type<T>) {
+        const bool vectors =
+            takes_vectors(p, p.x, sizeof(T)) &&
+            (p.batch_stride | p.row_stride | p.cell_stride) % kWindowPoolVector == 0;
         problem = with_mode(p.mode, [&]<PoolMode kMode>() {
-            const bool vectors =
-                takes_vectors(p, p.x, sizeof(T)) &&
-                (p.batch_stride | p.row_stride | p.cell_stride) % kWindowPoolVector == 0;
-            const int64_t tasks = p.batch * p.bins() * p.channels;
-            return launch_result(
-                vectors ? launch(pool_kernel<T, kWindowPoolVector, kMode>,
-                                 blocks_of(tasks / kWindowPoolVector, kWindowPoolThreads),
-                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p)
-                        : launch(pool_kernel<T, 1, kMode>, blocks_of(tasks, kWindowPoolThreads),
-                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
+            return run_by_value(pool_kernel<T, kWindowPoolVector, kMode>, pool_kernel<T, 1, kMode>,
+                                vectors, p.batch * p.bins() * p.channels, p, stream);
         });
     });
     return problem;
@@ -287,14 +288,9 @@ const char* adaptive_window_pool_spread_cuda(const WindowPool& p, void* stream) 
     const char* problem = nullptr;
     with_float(p.type, [&]<typename T>(Type<T>) {
         problem = with_mode(p.mode, [&]<PoolMode kMode>() {
-            const bool vectors = takes_vectors(p, p.grad, sizeof(T));
-            const int64_t tasks = p.batch * p.height * p.width * p.channels;
-            return launch_result(
-                vectors ? launch(spread_kernel<T, kWindowPoolVector, kMode>,
-                                 blocks_of(tasks / kWindowPoolVector, kWindowPoolThreads),
-                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p)
-                        : launch(spread_kernel<T, 1, kMode>, blocks_of(tasks, kWindowPoolThreads),
-                                 Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
+            return run_by_value(spread_kernel<T, kWindowPoolVector, kMode>,
+                                spread_kernel<T, 1, kMode>, takes_vectors(p, p.grad, sizeof(T)),
+                                p.batch * p.height * p.width * p.channels, p, stream);
         });
     });
     return problem;
@@ -303,8 +299,7 @@ const char* adaptive_window_pool_spread_cuda(const WindowPool& p, void* stream) 
 const char* adaptive_window_pool_score_cuda(const WindowPool& p, void* stream) {
     const char* problem = nullptr;
     with_float(p.type, [&]<typename T>(Type<T>) {
-        problem = launch_result(launch(score_kernel<T>, blocks_of(p.batch * p.bins(), 1),
-                                       Dim3{kWindowPoolThreads, 1, 1}, 0, as_stream(stream), p));
+        problem = run(score_kernel<T>, p.batch * p.bins(), p, stream);
     });
     return problem;
 }

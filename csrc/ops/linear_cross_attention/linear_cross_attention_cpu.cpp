@@ -220,19 +220,8 @@ class Rows {
             if (!p_.norm) {
                 continue;
             }
-            A* mean = part<A>(p_.mean, b * p_.tokens + token);
-            A* rstd = part<A>(p_.rstd, b * (1 + p_.tokens) + 1 + token);
-            Moments<A> moments;
-            if constexpr (kKnownMoments) {
-                moments = {*mean, *rstd};
-            } else {
-                moments = moments_of(row, c, p_.eps);
-                if (mean != nullptr) {
-                    *mean = moments.mean;
-                    *rstd = moments.rstd;
-                }
-            }
-            normalize_row(row, c, moments, to);
+            hat_of<kKnownMoments>(row, c, p_.eps, part<A>(p_.mean, b * p_.tokens + token),
+                                  part<A>(p_.rstd, b * (1 + p_.tokens) + 1 + token), to);
         }
     }
     // What lies ahead: all of the split and the next one, next in memory too or else little is

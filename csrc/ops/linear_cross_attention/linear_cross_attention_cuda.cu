@@ -43,12 +43,6 @@ PVF_DEVICE A load_or(const MatrixView& view, int64_t at, A otherwise) {
     return view.data == nullptr ? otherwise : load_element<A>(view, at);
 }
 
-// exp(x) of a difference to a peak; NaN stays NaN.
-template <typename A>
-PVF_DEVICE A exponential(A x) {
-    return exp2(x * A(1.4426950408889634));
-}
-
 constexpr int kProductDepth = 64;  // of the chunks that go through shared memory
 constexpr int kThreadTile = 4;     // rows and columns of a thread
 constexpr int kLanesAcross = kProductTileCols / kThreadTile;

@@ -141,19 +141,8 @@ PVF_INLINE void load_hats(const SemanticPoolParams& p, int64_t image, int64_t fi
             }
             continue;
         }
-        A* mean = part<A>(p.mean, image * rows_of_image(p) + first + n);
-        A* rstd = part<A>(p.rstd, image * rows_of_image(p) + first + n);
-        Moments<A> moments;
-        if constexpr (kKnown) {
-            moments = {*mean, *rstd};
-        } else {
-            moments = moments_of(row, c, p.eps);
-            if (mean != nullptr) {
-                *mean = moments.mean;
-                *rstd = moments.rstd;
-            }
-        }
-        normalize_row(row, c, moments, to);
+        const int64_t at = image * rows_of_image(p) + first + n;
+        hat_of<kKnown>(row, c, p.eps, part<A>(p.mean, at), part<A>(p.rstd, at), to);
     }
 }
 

@@ -14,12 +14,6 @@ constexpr int kTile = kPoolTile;
 constexpr int kScores = kTile * kTile;  // of a tile of queries with a tile of rows
 static_assert(kScores == kThreads);
 
-// exp(x) of a difference to a peak; NaN stays NaN.
-template <typename A>
-PVF_DEVICE A exponential(A x) {
-    return exp2(x * A(1.4426950408889634));
-}
-
 template <typename A>
 PVF_DEVICE A load_or(const void* vector, int64_t at, A otherwise) {
     return vector == nullptr ? otherwise : load(part<A>(vector, at));
