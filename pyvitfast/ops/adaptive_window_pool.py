@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops._registration import differentiable
 from pyvitfast.reference.adaptive_window_pool import bins
 
 NAME = "adaptive_window_pool"
@@ -149,12 +150,6 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return slope, scores if x is not None else None, None, None, None, None
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("adaptive_window_pool_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+differentiable(
+    NAME, fake=_fake, setup_context=_setup_context, backward=_backward, fake_backward=_fake_backward
+)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks, _quantizer
+from pyvitfast.ops._registration import differentiable
 
 NAME = "fake_quantize"
 
@@ -134,12 +135,6 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return list(out[: ctx.count]), list(out[ctx.count :]), None, None, None, None, None, None
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("fake_quantize_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+differentiable(
+    NAME, fake=_fake, setup_context=_setup_context, backward=_backward, fake_backward=_fake_backward
+)

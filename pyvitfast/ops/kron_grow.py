@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops._registration import differentiable
 
 NAME = "kron_grow"
 NAMES = ("weight", "a", "b", "d")
@@ -158,13 +158,11 @@ def _flops(weight: Any, a: Any, b: Any, d: Any, factors: int, identity: bool, **
     return int(2 * types * (min(before, after) if factors == 0 else after if factors == 1 else before))
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("kron_grow_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
-    register_flop_formula(torch.ops.pyvitfast.kron_grow)(_flops)
+differentiable(
+    NAME,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    flops=_flops,
+)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvitfast.ops import _checks
+from pyvitfast.ops import _attention, _checks
+from pyvitfast.ops._registration import differentiable
 from pyvitfast.reference.linear_cross_attention import linear_cross_attention as reference
 
 NAME = "linear_cross_attention"
@@ -37,64 +38,24 @@ def _fits(tokens: Tensor, channels: int, num_heads: int) -> bool:
     return tokens.device.type != "cuda" or channels * (16 + 3 * num_heads) + 36 * num_heads <= most
 
 
-def _autocast(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def _check(inputs: tuple[Tensor | None, ...], num_heads: int) -> None:
-    named = dict(zip(NAMES, inputs, strict=True))
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            _checks.dense(NAME, name, value)
-            _checks.dtype_in(NAME, name, value, _checks.FLOATS)
-        elif value is not None or name in NAMES[:6]:
-            raise TypeError(f"{NAME}: `{name}` must be a tensor, got {type(value).__name__}.")
-    present = {name: t for name, t in named.items() if t is not None}
-    query, tokens = present["query"], present["tokens"]
+    named = [(n, t) for n, t in zip(NAMES, inputs, strict=True) if t is not None or n in NAMES[:6]]
+    _checks.float_tensors(NAME, named)
+    present: dict[str, Any] = dict(named)
+    query = present["query"]
     if query.ndim != 2:
         raise ValueError(f"{NAME}: `query` must have shape [B, C], got {list(query.shape)}.")
-    batch, channels = query.shape
-    if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[2] != channels:
-        raise ValueError(
-            f"{NAME}: `tokens` must have shape [B, N, C] with the B and C of `query` {list(query.shape)}, "
-            f"got {list(tokens.shape)}."
-        )
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int | torch.SymInt):
-        raise TypeError(f"{NAME}: `num_heads` must be a whole number, got {type(num_heads).__name__}.")
-    if num_heads < 1 or channels < 1 or channels % num_heads:
-        raise ValueError(f"{NAME}: `num_heads` must divide the {channels} channels, got {num_heads}.")
-    for name, tensor in present.items():
-        matrix = name in NAMES[2:6]
-        shape = (channels, channels) if matrix else (channels,)
-        if name not in ("query", "tokens") and tuple(tensor.shape) != shape:
-            rule = "[C, C]" if matrix else "[C]"
-            raise ValueError(
-                f"{NAME}: `{name}` must have shape {rule}, C {channels}, got {list(tensor.shape)}."
-            )
-    if "norm_bias" in present and "norm_weight" not in present:
-        raise ValueError(f"{NAME}: `norm_bias` needs `norm_weight`; ones give LayerNorm without a factor.")
-    _checks.same_device(NAME, list(present.items()))
-    mixed = _autocast(tokens.device.type)
-    for name, tensor in present.items():
-        if tensor.dtype == query.dtype:
-            continue
-        # LayerNorm often keeps float32 parameters in a 16-bit model, as torch allows.
-        loose = mixed or name.startswith("norm")
-        if torch.float64 in (tensor.dtype, query.dtype) or not loose:
-            want, got = (str(t.dtype).removeprefix("torch.") for t in (query, tensor))
-            raise TypeError(
-                f"{NAME}: `{name}` must have the dtype of `query`, {want}, got {got}; autocast may mix all "
-                "but float64."
-            )
+    _attention.projected(NAME, query, present, num_heads)
 
 
 def _unfolded(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps: float) -> Tensor:
     """Keys and values after all, in float32 as the kernels."""
     named: dict[str, Any] = dict(zip(NAMES, inputs, strict=True))
-    dtype, device = named["query"].dtype, named["query"].device.type
+    query = named["query"]
+    dtype, device = query.dtype, query.device.type
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     named = {name: None if tensor is None else tensor.to(wide) for name, tensor in named.items()}
-    with torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if _attention.autocast(query) else contextlib.nullcontext():
         return reference(num_heads=num_heads, scale=scale, eps=eps, **named).to(dtype)
 
 
@@ -174,9 +135,9 @@ def linear_cross_attention(
         q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias,
     )  # fmt: skip
     try:
-        channels, dtype, device = query.shape[1], query.dtype, tokens.device.type
+        channels, dtype = query.shape[1], query.dtype
         scale = (channels // num_heads) ** -0.5 if scale is None else scale
-        cast = _autocast(device)
+        cast = _attention.autocast(tokens)
         plain = cast or all([t is None or t.dtype == dtype for t in inputs])
         folding = folds(tokens.shape[1] + 1, channels, num_heads) and _fits(tokens, channels, num_heads)
         if not (plain and folding) or (norm_weight is None and norm_bias is not None):
@@ -194,7 +155,7 @@ def linear_cross_attention(
         _check(inputs, num_heads)
         raise
     if cast and result.dtype != torch.float64:
-        result = result.to(torch.get_autocast_dtype(device))
+        result = result.to(torch.get_autocast_dtype(tokens.device.type))
     return result
 
 
@@ -244,12 +205,6 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return (*wanted, None, None, None, None)
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("linear_cross_attention_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+differentiable(
+    NAME, fake=_fake, setup_context=_setup_context, backward=_backward, fake_backward=_fake_backward
+)

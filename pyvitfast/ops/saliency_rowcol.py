@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops._registration import differentiable
 
 NAME = "saliency_rowcol"
 
@@ -131,12 +132,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return builtins.list(out[:n]), builtins.list(out[n:]), None, None
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("saliency_rowcol_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+differentiable(
+    NAME, fake=_fake, setup_context=_setup_context, backward=_backward, fake_backward=_fake_backward
+)

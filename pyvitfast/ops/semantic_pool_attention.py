@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from pyvitfast.ops import _checks
+from pyvitfast.ops import _attention, _checks
+from pyvitfast.ops._registration import differentiable
 
 NAME = "semantic_pool_attention"
 NAMES = (
@@ -24,9 +24,13 @@ _MOST_CUDA_CHANNELS = {torch.float64: 352}  # that shared memory holds
 _MOST_CUDA_CHANNELS_ELSE = 768
 
 
+def _absorbed(queries: int, rows: int, channels: int, num_heads: int) -> tuple[int, int]:
+    return 4 * queries * channels**2, 2 * num_heads * queries * rows * channels
+
+
 def absorbed_macs(queries: int, rows: int, channels: int, num_heads: int) -> int:
     """Multiply-accumulates an image without keys and values: 4 M C^2 + 2 H M R C for R rows."""
-    return 4 * queries * channels**2 + 2 * num_heads * queries * rows * channels
+    return sum(_absorbed(queries, rows, channels, num_heads))
 
 
 def plain_macs(queries: int, rows: int, channels: int) -> int:
@@ -36,7 +40,7 @@ def plain_macs(queries: int, rows: int, channels: int) -> int:
 
 def absorbs(queries: int, rows: int, channels: int, num_heads: int) -> bool:
     """Whether keys and values of ``rows`` rows would cost more than the absorbed form."""
-    weights, sums = 4 * queries * channels**2, 2 * num_heads * queries * rows * channels
+    weights, sums = _absorbed(queries, rows, channels, num_heads)
     return rows > 0 and _WEIGHT_COST * weights + _ROW_COST * sums <= plain_macs(queries, rows, channels)
 
 
@@ -46,54 +50,16 @@ def _fits(tokens: Tensor) -> bool:
     return tokens.device.type != "cuda" or tokens.shape[2] <= most
 
 
-def _autocast(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def _check(inputs: tuple[Tensor | None, ...], num_heads: int) -> None:
-    present: dict[str, Tensor] = {}
-    for index, (name, value) in enumerate(zip(NAMES, inputs, strict=True)):
-        if value is not None or index in _REQUIRED:
-            _checks.float_tensors(NAME, [(name, value)])
-            assert value is not None
-            present[name] = value
+    named = [
+        (n, t) for i, (n, t) in enumerate(zip(NAMES, inputs, strict=True)) if t is not None or i in _REQUIRED
+    ]
+    _checks.float_tensors(NAME, named)
+    present: dict[str, Any] = dict(named)
     query = present["query"]
     if query.ndim != 3:
         raise ValueError(f"{NAME}: `query` must have shape [B, M, C], got {list(query.shape)}.")
-    batch, _, channels = query.shape
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int | torch.SymInt):
-        raise TypeError(f"{NAME}: `num_heads` must be a whole number, got {type(num_heads).__name__}.")
-    if num_heads < 1 or channels < 1 or channels % num_heads:
-        raise ValueError(f"{NAME}: `num_heads` must divide the {channels} channels, got {num_heads}.")
-    for name, tensor in present.items():
-        if name.startswith("tokens"):
-            if tensor.ndim != 3 or tensor.shape[0] != batch or tensor.shape[2] != channels:
-                raise ValueError(
-                    f"{NAME}: `{name}` must have shape [B, N, C] with the B and C of `query` "
-                    f"{list(query.shape)}, got {list(tensor.shape)}."
-                )
-        elif name != "query":
-            matrix = name.endswith("_weight") and name != "norm_weight"
-            if tuple(tensor.shape) != ((channels, channels) if matrix else (channels,)):
-                rule = "[C, C]" if matrix else "[C]"
-                raise ValueError(
-                    f"{NAME}: `{name}` must have shape {rule}, C {channels}, got {list(tensor.shape)}."
-                )
-    if "norm_bias" in present and "norm_weight" not in present:
-        raise ValueError(f"{NAME}: `norm_bias` needs `norm_weight`; ones give LayerNorm without a factor.")
-    _checks.same_device(NAME, list(present.items()))
-    mixed = _autocast(query.device.type)
-    for name, tensor in present.items():
-        if tensor.dtype == query.dtype:
-            continue
-        # LayerNorm often keeps float32 parameters in a 16-bit model, as torch allows.
-        loose = mixed or name.startswith("norm")
-        if torch.float64 in (tensor.dtype, query.dtype) or not loose:
-            want, got = (str(t.dtype).removeprefix("torch.") for t in (query, tensor))
-            raise TypeError(
-                f"{NAME}: `{name}` must have the dtype of `query`, {want}, got {got}; autocast may mix all "
-                "but float64."
-            )
+    _attention.projected(NAME, query, present, num_heads)
 
 
 def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps: float) -> Tensor:
@@ -211,7 +177,7 @@ def semantic_pool_attention(
         return _plain(inputs, num_heads, scale, eps)
     keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
     result: Tensor = op(*inputs, num_heads, eps, scale, keep)[0]
-    if _autocast(query.device.type) and result.dtype != torch.float64:
+    if _attention.autocast(query) and result.dtype != torch.float64:
         result = result.to(torch.get_autocast_dtype(query.device.type))
     return result
 
@@ -261,10 +227,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*wanted, None, None, None, None)
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("semantic_pool_attention_backward: second derivatives are not supported.")
-
-
 def _sizes(query: Any, before: Any, tokens: Any) -> tuple[int, int, int, int]:
     return query[0], query[1], tokens[1] + (0 if before is None else before[1]), query[2]
 
@@ -282,10 +244,12 @@ def _flops_backward(grad: Any, *rest: Any, out_shape: Any = None, **kwargs: Any)
     return 2 * batch * (9 * queries * channels**2 + 5 * num_heads * queries * rows * channels)
 
 
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
-    register_flop_formula(torch.ops.pyvitfast.semantic_pool_attention)(_flops)
-    register_flop_formula(torch.ops.pyvitfast.semantic_pool_attention_backward)(_flops_backward)
+differentiable(
+    NAME,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    flops=_flops,
+    flops_backward=_flops_backward,
+)

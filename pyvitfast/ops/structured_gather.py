@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops._registration import differentiable
 
 NAME = "structured_gather"
 
@@ -221,12 +222,6 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return list(out), *constants
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("structured_gather_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
+differentiable(
+    NAME, fake=_fake, setup_context=_setup_context, backward=_backward, fake_backward=_fake_backward
+)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from pyvitfast.ops import _checks
+from pyvitfast.ops._registration import differentiable
 from pyvitfast.ops.kron_grow import kron_grow
 
 NAME = "tensor_ring_grow"
@@ -187,13 +187,11 @@ def _flops(weight: Any, s_b: Any, s_o: Any, s_l: Any, s_i: Any, *_: Any, **__: A
     return int(2 * rows2 * (first + second + third + fourth))
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("tensor_ring_grow_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
-    register_flop_formula(torch.ops.pyvitfast.tensor_ring_grow)(_flops)
+differentiable(
+    NAME,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    flops=_flops,
+)

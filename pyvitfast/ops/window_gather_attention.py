@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from pyvitfast.ops import _attention, _checks
+from pyvitfast.ops._registration import differentiable
 from pyvitfast.reference.window_gather_attention import window_gather_attention as reference
 
 NAME = "window_gather_attention"
@@ -172,13 +172,11 @@ def _flops(
     return int(4 * batch * heads * queries * keys * width)
 
 
-def _refuse_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(f"{NAME}_backward: second derivatives are not supported.")
-
-
-if _checks.defined():
-    torch.library.register_fake(f"pyvitfast::{NAME}", _fake)
-    torch.library.register_autograd(f"pyvitfast::{NAME}", _backward, setup_context=_setup_context)
-    torch.library.register_fake(f"pyvitfast::{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(f"pyvitfast::{NAME}_backward", _refuse_second)
-    register_flop_formula(torch.ops.pyvitfast.window_gather_attention)(_flops)
+differentiable(
+    NAME,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    flops=_flops,
+)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pyvitfast.reference.semantic_pool_attention import semantic_pool_attention
 
 
 def linear_cross_attention(
@@ -29,15 +29,22 @@ def linear_cross_attention(
 
     Keys and values are computed for every token, as the formula reads.
     """
-    x = torch.cat([query.unsqueeze(1), tokens], dim=1)  # [B, 1 + N, C]
-    batch, rows, channels = x.shape
-    if norm_weight is not None:
-        x = F.layer_norm(x, (channels,), norm_weight, norm_bias, eps)
-    width = channels // num_heads
-    scale = width**-0.5 if scale is None else scale
-    q = F.linear(x[:, :1], q_weight, q_bias).view(batch, 1, num_heads, width).transpose(1, 2)  # [B, H, 1, D]
-    k = F.linear(x, k_weight, k_bias).view(batch, rows, num_heads, width).transpose(1, 2)  # [B, H, 1 + N, D]
-    v = F.linear(x, v_weight, v_bias).view(batch, rows, num_heads, width).transpose(1, 2)  # [B, H, 1 + N, D]
-    attention = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)  # [B, H, 1, 1 + N]
-    heads = (attention @ v).transpose(1, 2).reshape(batch, channels)  # [B, C]
-    return F.linear(heads, proj_weight, proj_bias)  # [B, C]
+    row = query.unsqueeze(1)  # [B, 1, C]
+    return semantic_pool_attention(
+        row,
+        tokens,
+        q_weight,
+        k_weight,
+        v_weight,
+        proj_weight,
+        num_heads=num_heads,
+        tokens_before=row,
+        q_bias=q_bias,
+        k_bias=k_bias,
+        v_bias=v_bias,
+        proj_bias=proj_bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        scale=scale,
+    ).squeeze(1)
