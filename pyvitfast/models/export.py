@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast.models.checkpoint import write_atomically
-from pyvitfast.models.crossvit_fusion import swap_blocks
 from pyvitfast.models.modules import plain_torch, unwrap
 from pyvitfast.models.summary import summary
 
@@ -152,7 +151,6 @@ def export(
     inner = unwrap(model)
     _check(inner, chosen)
     inner = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
-    swap_blocks(inner, enable=False)  # no runtime but ours has our ops
     size = input_size or summary(inner).input_size
     dtype = next((p.dtype for p in inner.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +160,7 @@ def export(
 
     # A batch of one would be taken for a constant.
     shapes = ({0: torch.export.Dim("batch")},) if batch_size is None else None
-    with plain_torch():
+    with plain_torch():  # no runtime but ours has our ops
         data, run = (_onnx if chosen == "onnx" else _pt2)(inner, images(batch_size or 2), shapes)
     error: float | None = None
     if run is not None:

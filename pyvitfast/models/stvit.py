@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,47 @@ PREFIXES = ("drop", "keys", "carry")
 SCOPES = ("window", "grid")
 
 
+class TokenSettings:
+    """What settings of semantic tokens share: dataclasses with a grid ``tokens``."""
+
+    tokens: tuple[int, int]
+
+    def check(self, grid: str, **known: Sequence[str]) -> None:
+        """Raise ValueError unless ``tokens`` is a ``grid`` and each named setting one of its known values."""
+        name = type(self).__name__
+        sides: Any = self.tokens
+        if not (
+            isinstance(sides, tuple) and len(sides) == 2 and all(type(n) is int and n > 0 for n in sides)
+        ):
+            raise ValueError(
+                f"{name}: `tokens` must be two positive whole numbers, height and width of {grid}, "
+                f"got {sides!r}."
+            )
+        for setting, values in known.items():
+            if getattr(self, setting) not in values:
+                raise ValueError(
+                    f"{name}: `{setting}` must be one of {', '.join(values)}, got {getattr(self, setting)!r}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold."""
+        settings: Any = self
+        return asdict(settings)
+
+    @classmethod
+    def from_dict(cls: type[SettingsT], data: dict[str, Any]) -> SettingsT:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON."""
+        known: Any = cls
+        if unknown := set(data) - {f.name for f in fields(known)}:
+            raise ValueError(f"{cls.__name__}: unknown settings {', '.join(sorted(unknown))}.")
+        return cls(**{**data, **({"tokens": tuple(data["tokens"])} if "tokens" in data else {})})
+
+
+SettingsT = TypeVar("SettingsT", bound=TokenSettings)
+
+
 @dataclass(frozen=True)
-class TokensConfig:
+class TokensConfig(TokenSettings):
     """How many semantic tokens there are, where they come from and what they attend to.
 
     Args:
@@ -70,42 +109,22 @@ class TokensConfig:
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
-        grid = self.tokens
-        if not (isinstance(grid, tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)):
-            raise ValueError(
-                "TokensConfig: `tokens` must be two positive whole numbers, height and width of the grid of "
-                f"semantic tokens, got {grid!r}."
-            )
-        for name, known in (("pool", POOLS), ("prefix", PREFIXES), ("intra_scope", SCOPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"TokensConfig: `{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}."
-                )
+        self.check("the grid of semantic tokens", pool=POOLS, prefix=PREFIXES, intra_scope=SCOPES)
         if self.base < 0 or self.layers < 1:
             raise ValueError(
                 f"TokensConfig: `base` must be at least 0 and `layers` at least 1, got {self.base} and "
                 f"{self.layers}."
             )
-        if self.pool == "multiscale" and min(grid) < 2:
-            raise ValueError(f"TokensConfig: `tokens` must be at least 2 by 2 for multiscale, got {grid}.")
+        if self.pool == "multiscale" and min(self.tokens) < 2:
+            raise ValueError(
+                f"TokensConfig: `tokens` must be at least 2 by 2 for multiscale, got {self.tokens}."
+            )
 
     @property
     def count(self) -> int:
         """Semantic tokens of an image."""
         down, across = self.tokens
         return down * across + ((down - 1) * (across - 1) if self.pool == "multiscale" else 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TokensConfig:
-        """The inverse of :meth:`to_dict`, also after a trip through JSON."""
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"TokensConfig: unknown settings {', '.join(sorted(unknown))}.")
-        return cls(**{**data, "tokens": tuple(data.get("tokens", (4, 4)))})
 
 
 class AdaptivePool(nn.Module):

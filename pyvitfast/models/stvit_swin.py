@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pyvitfast.models.modules import is_plain_linear, kernel
-from pyvitfast.models.stvit import cross_attention
+from pyvitfast.models.stvit import TokenSettings, cross_attention
 
 STEMS = ("conv", "patch")
 WINDOW_POOLS = ("max", "avg")
@@ -27,7 +27,7 @@ STAGE = 2  # the stage whose tokens become semantic ones
 
 
 @dataclass(frozen=True)
-class WindowTokensConfig:
+class WindowTokensConfig(TokenSettings):
     """How each window of a Swin Transformer gets its semantic tokens, and what they attend to.
 
     Args:
@@ -64,18 +64,7 @@ class WindowTokensConfig:
     layer_scale: float | None = 1e-5
 
     def __post_init__(self) -> None:
-        grid = self.tokens
-        if not (isinstance(grid, tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)):
-            raise ValueError(
-                "WindowTokensConfig: `tokens` must be two positive whole numbers, height and width of the "
-                f"tokens of a window, got {grid!r}."
-            )
-        for name, known in (("pool", WINDOW_POOLS), ("layout", LAYOUTS), ("compat", COMPATS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"WindowTokensConfig: `{name}` must be one of {', '.join(known)}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        self.check("the tokens of a window", pool=WINDOW_POOLS, layout=LAYOUTS, compat=COMPATS)
         if self.base < 0:
             raise ValueError(f"WindowTokensConfig: `base` must be at least 0, got {self.base}.")
 
@@ -83,18 +72,6 @@ class WindowTokensConfig:
     def count(self) -> int:
         """Semantic tokens of a window."""
         return self.tokens[0] * self.tokens[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> WindowTokensConfig:
-        """The inverse of :meth:`to_dict`, also after a trip through JSON."""
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"WindowTokensConfig: unknown settings {', '.join(sorted(unknown))}.")
-        return cls(**{**data, "tokens": tuple(data.get("tokens", (3, 3)))})
 
 
 class ConvEmbed(PatchEmbed):  # type: ignore[misc]
