@@ -13,11 +13,9 @@ seed in all arms.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -25,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.papers import data
-from benchmarks.papers.report import cell, conditions, print_claims
+from benchmarks.papers.report import cell, conclude, watching
 from benchmarks.papers.training import accuracy
 from pyvitfast.grow import LiGOOperator, MangoOperator, grow
 from pyvitfast.models.summary import summary
@@ -239,13 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
     if seeds < 1:
         parser.error("--seeds must be at least 1")
-    console = Console(stderr=True)
-
-    def watch(values: Iterable[Any], count: int) -> Iterable[Any]:
-        return track(values, "growth", total=count, console=console, transient=True)
-
     parts = options.part or list(SETTINGS)
-    rows = run(parts, options.data, seeds, 0.1 if options.quick else 1.0, watch)
+    rows = run(parts, options.data, seeds, 0.1 if options.quick else 1.0, watching("growth"))
     for row in rows:
         saved = ["never" if s is None else f"{s:.0f}" for s in row["saving"]]
         with_small = ["never" if s is None else f"{s:.0f}" for s in row["saving_incl_small"]]
@@ -253,13 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['part']:6} {row['arm']:20} start {cell(row['start'])}  final {cell(row['accuracy'])}  "
             f"saved % {', '.join(saved) or '-'}  with the small model {', '.join(with_small) or '-'}"
         )
-    held = claims(rows)
-    print_claims(held)
-    if options.json is not None:
-        options.json.write_text(
-            json.dumps({"conditions": conditions(), "rows": rows, "claims": held}, indent=2)
-        )
-    return 0 if all(claim["held"] for claim in held) else 1
+    return conclude(rows, claims(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,14 +14,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.measure import alternate
 from benchmarks.papers import data, tome
-from benchmarks.papers.report import cell, conditions, print_claims
+from benchmarks.papers.report import cell, conclude, watching
 from pyvitfast.models.stvit import STViT
 from pyvitfast.models.summary import summary
 from pyvitfast.tokens import to_stvit
@@ -288,11 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = (1 if options.quick else 5) if options.seeds is None else options.seeds
     if seeds < 1:
         parser.error("--seeds must be at least 1")
-    console = Console(stderr=True)
-
-    def watch(values: Iterable[Any], count: int) -> Iterable[Any]:
-        return track(values, "semantic tokens", total=count, console=console, transient=True)
-
+    watch = watching("semantic tokens")
     parts = options.part or [*SETTINGS, "speed"]
     rows = run([part for part in parts if part in SETTINGS], seeds, 0.1 if options.quick else 1.0, watch)
     timed = speeds(options.quick, not options.quick) if "speed" in parts else []
@@ -306,13 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['part']:8} {row['arm']:20} {row['macs'] / 1e6:6.2f} M MACs  top-1 {cell(row['accuracy'])}"
         )
     rows += timed
-    held = claims(rows)
-    print_claims(held)
-    if options.json is not None:
-        options.json.write_text(
-            json.dumps({"conditions": conditions(), "rows": rows, "claims": held}, indent=2)
-        )
-    return 0 if all(claim["held"] for claim in held) else 1
+    return conclude(rows, claims(rows), options.json)
 
 
 if __name__ == "__main__":

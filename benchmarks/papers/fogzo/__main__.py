@@ -18,15 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from benchmarks.papers.fogzo import cost, least_squares, networks
-from benchmarks.papers.report import cell, conditions, print_claims
+from benchmarks.papers.report import cell, conditions, print_claims, watching
 
 PARTS = ("e1", "e4", "networks", "cost")
 
@@ -64,11 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = (1 if options.quick else 2) if options.seeds is None else options.seeds
     if problems < 1 or seeds < 1:
         parser.error("--problems and --seeds must be at least 1")
-    console = Console(stderr=True)
-
-    def watch(values: Iterable[Any], count: int) -> Iterable[Any]:
-        return track(values, "FOGZO", total=count, console=console, transient=True)
-
+    watch = watching("FOGZO")
     result: dict[str, Any] = {"conditions": conditions()}
     parts = options.part or list(PARTS)
     if "e1" in parts:
