@@ -177,16 +177,18 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
             divisor = None
         if isinstance(target, Tensor) and target.is_floating_point():
             return self._dense(cls, distilled, target, labels, weights, divisor)
-        pairs = target if isinstance(target, MixedLabels) else MixedLabels(target, None, None)  # type: ignore[arg-type]
+        partners = lam = None
+        if isinstance(target, MixedLabels):
+            target, partners, lam = target
         run = kernel("two_head_loss", cls.device)
         out = run(
             cls,
             distilled,
-            pairs.labels,
+            target,
             labels,
             weights=weights,
-            partners=pairs.partners,
-            lam=pairs.lam,
+            partners=partners,
+            lam=lam,
             divisor=divisor,
             alpha=self.config.alpha,
             smoothing=self.smoothing,

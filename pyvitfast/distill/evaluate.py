@@ -70,7 +70,7 @@ def class_groups(counts: Counts, split: Literal["index", "count"] = "index") -> 
         DeiT-LT (Rangwani et al., CVPR 2024), released code.
     """
     n = checked_counts(counts, "class_groups", "zero")
-    order = n.argsort(descending=True, stable=True)
+    order: list[int] = n.argsort(descending=True, stable=True).tolist()
     classes = len(n)
     if split == "index":
         outer = round(0.3 * classes)
@@ -80,7 +80,8 @@ def class_groups(counts: Counts, split: Literal["index", "count"] = "index") -> 
         sizes = (many, classes - many - few, few)
     else:
         raise ValueError(f"class_groups: `split` must be one of index, count, got {split!r}.")
-    return {name: part.tolist() for name, part in zip(GROUPS, order.split(sizes), strict=True)}
+    head, mid = sizes[0], sizes[0] + sizes[1]
+    return dict(zip(GROUPS, (order[:head], order[head:mid], order[mid:]), strict=True))
 
 
 def group_accuracy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
@@ -21,6 +22,12 @@ class MixedLabels(NamedTuple):
     labels: Tensor
     partners: Tensor
     lam: Tensor
+
+    def probabilities(self, classes: int, smoothing: float = 0.0) -> Tensor:
+        """The target as float32 [B, C], for losses that take no pairs: smoothed once, after mixing."""
+        lam = self.lam.reshape(-1, 1)
+        one, other = (F.one_hot(part, classes) for part in (self.labels, self.partners))
+        return smoothing / classes + (1 - smoothing) * (lam * one + (1 - lam) * other)
 
 
 class PairedMixup(Mixup):  # type: ignore[misc]

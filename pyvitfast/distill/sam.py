@@ -149,7 +149,7 @@ class SAM(torch.optim.Optimizer):
         if not weights or not self.rho:
             return False
         if self.adaptive:
-            grads = torch._foreach_mul(grads, weights)
+            grads = list(torch._foreach_mul(grads, weights))
         norm = _norm(grads)
         if not norm < float("inf"):
             return False

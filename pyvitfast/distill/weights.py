@@ -13,20 +13,21 @@ Empty: TypeAlias = Literal["error", "zero", "one"]
 EMPTY = ("error", "zero", "one")
 
 
-def checked_counts(counts: Counts, owner: str, empty: str = "one") -> Tensor:
+def checked_counts(counts: Counts, owner: str, empty: str, empties: tuple[str, ...] = EMPTY) -> Tensor:
     """``counts`` as float64 [C] on the CPU, with 1 in place of 0 where ``empty`` is ``"one"``.
 
     Args:
         counts: training images of each class.
         owner: who asks, for the message.
         empty: what to do with a class without images: refuse (``"error"``), leave it 0, or make it 1.
+        empties: what ``empty`` may be.
 
     Raises:
         ValueError: not one dimension, no class, a count that is negative or not finite, an unknown ``empty``,
             or an empty class where that is an error.
     """
-    if empty not in EMPTY:
-        raise ValueError(f"{owner}: `empty` must be one of {', '.join(EMPTY)}, got {empty!r}.")
+    if empty not in empties:
+        raise ValueError(f"{owner}: `empty` must be one of {', '.join(empties)}, got {empty!r}.")
     n = torch.as_tensor(counts).detach().to("cpu", torch.float64)
     if n.ndim != 1 or not len(n):
         raise ValueError(f"{owner}: `counts` must be one number a class, [C], got shape {list(n.shape)}.")
@@ -37,8 +38,8 @@ def checked_counts(counts: Counts, owner: str, empty: str = "one") -> Tensor:
         more = f" and {len(without) - 10} more" if len(without) > 10 else ""
         raise ValueError(
             f"{owner}: `counts` must be at least 1, but there are no images of classes "
-            f"{', '.join(map(str, without[:10]))}{more}. Drop these classes, or set empty='zero' (weight 0) "
-            "or empty='one' (weighted as if there was one image)."
+            f"{', '.join(map(str, without[:10]))}{more}. Drop these classes, or choose what they count as with "
+            "`empty`: 'one' image, or 'zero', weight 0, where that is offered."
         )
     return n.clamp(min=1) if empty == "one" else n
 
