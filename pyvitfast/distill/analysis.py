@@ -68,7 +68,7 @@ def feature_rank(model: nn.Module, loader: Iterable[Any], threshold: float = 0.9
         model: a timm ``VisionTransformerDistilled`` on the device of the images.
         loader: batches of images [B, C, H, W], or tuples that begin with them. The rank is below the number
             of images, so take several times as many as the model is wide.
-        threshold: share of the variance, above 0 and up to 1; the paper's is not published, 0.99 is our choice.
+        threshold: share of the variance, above 0 and up to 1; not published, 0.99 is our choice.
 
     Returns:
         Ranks by block; the components are those of centred features, in float64.
@@ -192,12 +192,11 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
     with _observed(model, 1) as inner:
         maps = _attention_maps(inner, images)
         tokens = maps[0].shape[-1]
-        identity = torch.eye(tokens, device=maps[0].device)
-        flow = identity
+        flow = identity = torch.eye(tokens, device=maps[0].device)
         for attention in maps:
             flow = (attention.mean(1) + identity) / 2 @ flow
         first = inner.num_prefix_tokens
-        return flow[:, :first, first:].unflatten(-1, _grid(inner, images))
+        return flow[:, :first, first:].reshape(len(images), first, *_grid(inner, images))
 
 
 def _grid(model: Any, images: Tensor) -> tuple[int, int]:
