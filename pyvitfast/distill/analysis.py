@@ -146,7 +146,7 @@ def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
         images: [B, C, H, W].
 
     Returns:
-        float32 [blocks, heads] on the CPU, unsorted.
+        float32 [blocks, heads] on the CPU, unsorted; NaN behind the last head of a block that has fewer.
 
     Raises:
         TypeError: a model without blocks.
@@ -167,7 +167,7 @@ def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
             patches = attention[:, :, first:, first:]
             patches = patches / patches.sum(-1, keepdim=True)
             found.append((patches * distances).sum(-1).mean((0, 2)))
-        return torch.stack(found).cpu()
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=torch.nan).cpu()
 
 
 def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyvitfast.distill import attention_distance, attention_rollout, expert_diversity, feature_rank
+from pyvitfast.models.vision_transformer import two_width_attention
 from tests.methods.conftest import pruned
 
 
@@ -20,6 +21,24 @@ def recorded_maps(model, images):
     for block in model.blocks:
         block.attn.fused_attn = True
         block.attn.attn_drop._forward_pre_hooks.clear()
+    return maps
+
+
+def recorded_pruned(model, images):
+    """Attention of each block of a pruned model: what an identity in place of its values comes out as."""
+    maps = []
+    inputs = []
+    hooks = [b.attn.register_forward_pre_hook(lambda _m, a: inputs.append(a[0])) for b in model.blocks]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    for block, x in zip(model.blocks, inputs, strict=True):
+        q, k, _ = (
+            part.view(len(x), x.shape[1], block.attn.num_heads, -1).transpose(1, 2)
+            for part in block.attn.qkv(x).split(block.attn.splits, dim=-1)
+        )
+        values = torch.eye(x.shape[1]).expand(*q.shape[:2], -1, -1)
+        maps.append(two_width_attention(q, k, values, block.attn.scale, None, 0.0, False).detach())
     return maps
 
 
@@ -113,7 +132,16 @@ def test_pruned_models_are_read_too(micro, batch):
     slim = pruned(micro(distilled=True), 0.5).compact()
     rollout = attention_rollout(slim, images)
     assert rollout.shape == (8, 2, 4, 4) and (rollout >= 0).all()
-    assert attention_distance(slim, images).isfinite().all()
+    heads = [block.attn.num_heads for block in slim.blocks]
+    assert len(set(heads)) > 1
+    found = attention_distance(slim, images)
+    assert found.shape == (4, max(heads)) and found.isfinite().sum(1).tolist() == heads
+    for row, attention in zip(found, recorded_pruned(slim, images), strict=True):
+        grid = [(2 * r, 2 * c) for r in range(4) for c in range(4)]
+        distances = torch.tensor([[math.dist(p, q) for q in grid] for p in grid])
+        patches = attention[..., 2:, 2:]
+        expected = (patches / patches.sum(-1, keepdim=True) * distances).sum(-1).mean((0, 2))
+        torch.testing.assert_close(row[: len(expected)], expected)
 
 
 def test_bad_calls(micro, batch):

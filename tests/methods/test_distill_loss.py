@@ -229,6 +229,9 @@ def test_bad_calls():
         loss((CLS, DIST), LABELS, torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="label"):
         loss((CLS, DIST), torch.tensor([-1, 0]), TEACHER)
+    for outside in (-100, -1, 3):  # torch would pass over -100, and read -1 as the last
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            loss((CLS, DIST), SOFT, torch.tensor([0, outside]))
     loss.set_epoch(1)
     with pytest.raises(ValueError, match="plain labels from epoch 1 on"):
         loss((CLS, DIST), MIXED, TEACHER)

@@ -60,7 +60,7 @@ def test_without_features_it_is_balanced_softmax():
     prior = (torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)).log()
     expected = F.cross_entropy(logits + prior, labels)
     torch.testing.assert_close(
-        loss(logits, query, nothing[0], labels, nothing[1]), expected, rtol=1e-12, atol=0
+        loss(logits, query, no_features, labels, no_labels), expected, rtol=1e-12, atol=0
     )
 
 
