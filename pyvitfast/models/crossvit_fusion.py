@@ -25,9 +25,7 @@ def runs_on_op(fusion: nn.Module) -> bool:
     attn: Any = fusion.attn
     norm: Any = fusion.norm1
     if not (
-        is_plain(attn, CrossAttention)
-        and is_plain_layer_norm(norm)
-        and is_plain(attn.attn_drop, nn.Dropout)
+        is_plain(attn, CrossAttention) and is_plain_layer_norm(norm) and is_plain(attn.attn_drop, nn.Dropout)
     ):
         return False
     if norm.weight is None or len(norm.normalized_shape) != 1:
