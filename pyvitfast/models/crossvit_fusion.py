@@ -10,7 +10,7 @@ from timm.models.crossvit import CrossAttention, CrossAttentionBlock, MultiScale
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pyvitfast.models.modules import is_plain, is_plain_linear, kernel
+from pyvitfast.models.modules import is_plain, is_plain_layer_norm, is_plain_linear, kernel
 
 
 def runs_on_op(fusion: nn.Module) -> bool:
@@ -25,9 +25,7 @@ def runs_on_op(fusion: nn.Module) -> bool:
     attn: Any = fusion.attn
     norm: Any = fusion.norm1
     if not (
-        is_plain(attn, CrossAttention)
-        and is_plain(norm, nn.LayerNorm)
-        and is_plain(attn.attn_drop, nn.Dropout)
+        is_plain(attn, CrossAttention) and is_plain_layer_norm(norm) and is_plain(attn.attn_drop, nn.Dropout)
     ):
         return False
     if norm.weight is None or len(norm.normalized_shape) != 1:

@@ -71,6 +71,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain(module, nn.Linear) and type(module.weight) in _PLAIN_TENSORS
 
 
+def is_plain_layer_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is torch's ``LayerNorm``, or timm's outside its fast mode, which is the same."""
+    if is_plain(module, timm.layers.LayerNorm):
+        return not module._fast_norm  # what it computes under autocast then is timm's own
+    return is_plain(module, nn.LayerNorm)
+
+
 _in_plain_torch = False
 
 

@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pyvitfast.models.modules import is_plain, is_plain_linear, kernel
+from pyvitfast.models.modules import is_plain_layer_norm, is_plain_linear, kernel
 from pyvitfast.models.vision_transformer import (
     PrunedVisionTransformer,
     PrunedVisionTransformerDistilled,
@@ -316,7 +316,7 @@ class TokenGeneration(nn.Module):
 def _runs_on_op(block: Any) -> bool:
     """Whether the op computes what the attention of ``block`` would, without anybody missing keys."""
     attn, norm = block.attn, block.norm1
-    if not (is_plain_linear(attn.qkv) and is_plain_linear(attn.proj) and is_plain(norm, nn.LayerNorm)):
+    if not (is_plain_linear(attn.qkv) and is_plain_linear(attn.proj) and is_plain_layer_norm(norm)):
         return False
     if attn.qkv.out_features != 3 * attn.qkv.in_features or attn.proj.in_features != attn.proj.out_features:
         return False  # pruned: the op wants one width

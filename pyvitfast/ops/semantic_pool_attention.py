@@ -17,20 +17,13 @@ NAMES = (
     "q_bias", "k_bias", "v_bias", "proj_bias", "norm_weight", "norm_bias",
 )  # fmt: skip
 _REQUIRED = (0, 2, 3, 4, 5, 6)
-# What a multiply-accumulate with a weight, or with the rows, costs in those of the plain form, measured on
-# the CPU: products of few rows with a weight are slower than those of all rows.
-_WEIGHT_COST, _ROW_COST = 2.0, 1.25
 _MOST_CUDA_CHANNELS = {torch.float64: 352}  # that shared memory holds
 _MOST_CUDA_CHANNELS_ELSE = 768
 
 
-def _absorbed(queries: int, rows: int, channels: int, num_heads: int) -> tuple[int, int]:
-    return 4 * queries * channels**2, 2 * num_heads * queries * rows * channels
-
-
 def absorbed_macs(queries: int, rows: int, channels: int, num_heads: int) -> int:
     """Multiply-accumulates an image without keys and values: 4 M C^2 + 2 H M R C for R rows."""
-    return sum(_absorbed(queries, rows, channels, num_heads))
+    return 4 * queries * channels**2 + 2 * num_heads * queries * rows * channels
 
 
 def plain_macs(queries: int, rows: int, channels: int) -> int:
@@ -39,9 +32,9 @@ def plain_macs(queries: int, rows: int, channels: int) -> int:
 
 
 def absorbs(queries: int, rows: int, channels: int, num_heads: int) -> bool:
-    """Whether keys and values of ``rows`` rows would cost more than the absorbed form."""
-    weights, sums = _absorbed(queries, rows, channels, num_heads)
-    return rows > 0 and _WEIGHT_COST * weights + _ROW_COST * sums <= plain_macs(queries, rows, channels)
+    """Whether keys and values of ``rows`` rows would take more arithmetic than the absorbed form."""
+    absorbed = absorbed_macs(queries, rows, channels, num_heads)
+    return rows > 0 and absorbed <= plain_macs(queries, rows, channels)
 
 
 def _fits(tokens: Tensor) -> bool:
@@ -62,12 +55,24 @@ def _check(inputs: tuple[Tensor | None, ...], num_heads: int) -> None:
     _attention.projected(NAME, query, present, num_heads)
 
 
+def _adjacent(first: Tensor, second: Tensor) -> bool:
+    """Whether ``second`` lies right behind ``first`` in memory, as parts of a fused projection do."""
+    return (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and bool(first.storage_offset() + first.numel() == second.storage_offset())
+    )
+
+
 def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps: float) -> Tensor:
     """Keys and values after all, by torch's own products."""
     query, before, tokens, q_weight, k_weight, v_weight, proj_weight, *rest = inputs
     q_bias, k_bias, v_bias, proj_bias, norm_weight, norm_bias = rest
     assert query is not None
     assert tokens is not None
+    assert k_weight is not None
+    assert v_weight is not None
     assert proj_weight is not None
     channels = query.shape[2]
 
@@ -83,11 +88,19 @@ def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps:
         return rows.transpose(1, 2)
 
     rows = normal(tokens if before is None else torch.cat([before, tokens], dim=1))
-    q, k, v = (
-        heads(normal(query), q_weight, q_bias),
-        heads(rows, k_weight, k_bias),
-        heads(rows, v_weight, v_bias),
-    )
+    q = heads(normal(query), q_weight, q_bias)
+    biases = [b for b in (k_bias, v_bias) if b is not None]
+    # One product is 3 % faster than two; gradients have no way through such a view.
+    if (
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        and len(biases) != 1
+        and _adjacent(k_weight, v_weight)
+    ):
+        weight = k_weight.as_strided((2 * channels, channels), (channels, 1))
+        both = F.linear(rows, weight, torch.cat(biases) if biases else None)
+        k, v = torch.unflatten(both, 2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        k, v = heads(rows, k_weight, k_bias), heads(rows, v_weight, v_bias)
     mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
@@ -152,7 +165,7 @@ def semantic_pool_attention(
 
     Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
     depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
-    and values are cheaper, about M above C / 2 H with few rows, they are computed, in plain torch
+    and values take less arithmetic, about M above C / (H - 1), they are computed, in plain torch
     and the dtype of the inputs; on CUDA also above 768 channels, or 352 in float64.
 
     Source:

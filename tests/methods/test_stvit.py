@@ -17,6 +17,7 @@ from pyvitfast.models.stvit_config import STViTConfig, vit_macs
 from pyvitfast.prune import NViTPruner
 from pyvitfast.quantize import QuantConfig, convert, prepare
 from pyvitfast.tokens import report, to_stvit
+from tests.ops.table import RecordedCalls
 
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5}
 
@@ -118,6 +119,13 @@ class TestEquations:
             block.attn.qkv.register_forward_hook(lambda *_: seen.append(1))
         torch.testing.assert_close(fast(images), expected, rtol=0, atol=1e-10)
         assert len(seen) == 6
+
+    @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+    def test_timms_models_run_on_the_op(self, name):
+        fast = to_stvit(timm.create_model(name).eval(), (2, 2), pool="avg")
+        with torch.no_grad(), RecordedCalls("semantic_pool_attention") as seen:
+            fast(torch.zeros(1, 3, 224, 224))
+        assert len(seen.calls) == 2
 
     def test_order_of_semantic_tokens_does_not_matter_later(self, images):
         fast = shaken(to_stvit(vit(), (4, 4), pool="avg", warm_start=False), 2)

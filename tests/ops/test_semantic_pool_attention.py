@@ -167,10 +167,24 @@ def test_many_queries_take_keys_and_values(queries, tokens):
     assert all(t.grad is not None for t in TABLE.inputs(args, kwargs))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_keys_and_values_of_a_fused_projection(bias):
+    args, kwargs = call(2, 20, 9, 8, 4, before=1)
+    weights = torch.randn(3, 8, 8)
+    args = (*args[:2], *weights, args[5])
+    biases = torch.randn(3, 8) if bias else [None] * 3
+    kwargs |= dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True))
+    with torch.no_grad():
+        got = ops.semantic_pool_attention(*args, **kwargs)
+    torch.testing.assert_close(got.double(), exact(args, kwargs), rtol=1e-5, atol=1e-5)
+
+
 def test_the_cheaper_form_is_taken():
-    # DeiT-S over 196 tokens: it pays for 16 tokens, not for 36; over 4096 for both.
-    assert not absorbs(36, 196, 384, 6)
-    assert absorbs(36, 4096, 384, 6)
+    # DeiT-S over 196 tokens: it pays up to 55; over 4096 up to 75.
+    assert absorbs(55, 196, 384, 6)
+    assert not absorbs(56, 196, 384, 6)
+    assert absorbs(75, 4096, 384, 6)
+    assert not absorbs(76, 4096, 384, 6)
     assert absorbs(16, 196, 384, 6)
     assert not absorbs(100, 196, 384, 6)
     assert absorbs(16, 4096, 384, 6)
