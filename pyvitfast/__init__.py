@@ -13,10 +13,22 @@ _PUBLIC = {
     "load": "pyvitfast.models.checkpoint",
     "summary": "pyvitfast.models.summary",
 }
-_SUBPACKAGES = ("grow", "models", "ops", "prune", "quantize", "reference", "report", "tokens", "train")
+_SUBPACKAGES = (
+    "distill",
+    "grow",
+    "models",
+    "ops",
+    "prune",
+    "quantize",
+    "reference",
+    "report",
+    "tokens",
+    "train",
+)
 
 __all__ = [
     "__version__",
+    "distill",
     "grow",
     "load",
     "models",

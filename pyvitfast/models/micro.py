@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled, _create_deit
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 
 _CFG = {
@@ -18,8 +19,24 @@ _CFG = {
     "classifier": "head",
 }
 default_cfgs = generate_default_cfgs(
-    {"vit_micro_patch2_8.untrained": _CFG, "vit_micro_wide_patch2_8.untrained": _CFG}
+    {
+        "vit_micro_patch2_8.untrained": _CFG,
+        "vit_micro_wide_patch2_8.untrained": _CFG,
+        "deit_micro_distilled_patch2_8.untrained": {**_CFG, "classifier": ("head", "head_dist")},
+    }
 )
+
+
+_SHAPE = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "num_classes": 10,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_ratio": 4.0,
+}
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -34,15 +51,15 @@ def vit_micro_wide_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTr
     return _micro("vit_micro_wide_patch2_8", 96, 8, pretrained, kwargs)
 
 
+@register_model  # type: ignore[untyped-decorator]
+def deit_micro_distilled_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformerDistilled:
+    """The micro ViT with a distillation token and a head for it; 0.12 M parameters."""
+    model = _create_deit(
+        "deit_micro_distilled_patch2_8", pretrained=pretrained, distilled=True, **{**_SHAPE, **kwargs}
+    )
+    return model
+
+
 def _micro(name: str, width: int, heads: int, pretrained: bool, given: dict[str, Any]) -> VisionTransformer:
-    arguments = {
-        "img_size": 8,
-        "patch_size": 2,
-        "in_chans": 1,
-        "num_classes": 10,
-        "embed_dim": width,
-        "depth": 4,
-        "num_heads": heads,
-        "mlp_ratio": 4.0,
-    }
+    arguments = {**_SHAPE, "embed_dim": width, "num_heads": heads}
     return _create_vision_transformer(name, pretrained=pretrained, **{**arguments, **given})

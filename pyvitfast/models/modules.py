@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm.layers
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pyvitfast import ops, reference
 
+Logits: TypeAlias = Tensor | tuple[Tensor, Tensor]
 # Tensors whose values a kernel can read as they are; tracers put the last two in place of the first two.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 _ROOMS = {"torch.nn": torch.nn, "timm.layers": timm.layers}
@@ -29,6 +31,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def both_logits(model: nn.Module, images: Tensor) -> Logits:
+    """Logits of ``model`` in either mode: of class and distillation head [B, C] each if it has both.
+
+    timm's distilled models give both only while training, and their mean otherwise.
+    """
+    inner: Any = unwrap(model)
+    if not isinstance(inner, VisionTransformerDistilled):
+        logits: Tensor = model(images)
+        return logits
+    features = inner.forward_features(images)
+    return inner.head(features[:, 0]), inner.head_dist(features[:, 1])
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -1,8 +1,9 @@
 """NViT: global structural pruning of Vision Transformers."""
 
+from pyvitfast.models.modules import both_logits
 from pyvitfast.prune.config import NViTConfig
 from pyvitfast.prune.cost import Cost, MacsCost, ParamsCost
-from pyvitfast.prune.distillation import DistillationConfig, DistillationLoss, both_logits
+from pyvitfast.prune.distillation import DistillationConfig, DistillationLoss
 from pyvitfast.prune.latency import LatencyTable
 from pyvitfast.prune.nvit import NViTPruner
 from pyvitfast.prune.sparsity import (

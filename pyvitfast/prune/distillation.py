@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from pyvitfast.models.modules import unwrap
+from pyvitfast.models.modules import Logits
 
-Logits: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _STAGES = ("prune", "finetune")
 
 
@@ -114,19 +112,6 @@ class DistillationConfig:
     def from_dict(cls, data: dict[str, Any]) -> DistillationConfig:
         """The inverse of :meth:`to_dict`."""
         return cls(**data)
-
-
-def both_logits(model: nn.Module, images: Tensor) -> Logits:
-    """Logits of ``model`` in either mode: of class and distillation head [B, C] each if it has both.
-
-    timm's distilled models give both only while training, and their mean otherwise.
-    """
-    inner: Any = unwrap(model)
-    if not isinstance(inner, VisionTransformerDistilled):
-        logits: Tensor = model(images)
-        return logits
-    features = inner.forward_features(images)
-    return inner.head(features[:, 0]), inner.head_dist(features[:, 1])
 
 
 def _mean(logits: Logits) -> Tensor:

@@ -1,6 +1,7 @@
 """Training, evaluation and pruning runs on timm, accelerate and torchmetrics."""
 
-from pyvitfast.train.data import Data, long_tail_indices, open_data
+from pyvitfast.distill import long_tail_indices
+from pyvitfast.train.data import Data, open_data
 from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.grow import grow
 from pyvitfast.train.loop import Accuracy

@@ -20,6 +20,7 @@ from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pyvitfast.distill import long_tail_indices
 from pyvitfast.train.errors import UserError, nearest
 from pyvitfast.train.settings import Settings
 
@@ -193,29 +194,6 @@ def input_channels(model: nn.Module) -> int:
     return int(timm.data.resolve_model_data_config(model)["input_size"][0])
 
 
-def long_tail_indices(labels: Sequence[int], imbalance: float, seed: int = 0) -> list[int]:
-    r"""Indices of an exponential long tail: :math:`n_c = \lfloor n_{max} \rho^{-c/(C-1)} \rfloor` of class c.
-
-    Args:
-        labels: class numbers, 0 to C-1.
-        imbalance: :math:`\rho`, size of the largest over the smallest class, at least 1.
-        seed: chooses which images of a class stay.
-
-    Returns:
-        Sorted indices; every class that had an image keeps one, and none gets more than it had.
-    """
-    array = np.asarray(labels)
-    counts = np.bincount(array)
-    classes, largest = len(counts), int(counts.max())
-    random_state = np.random.RandomState(seed)
-    kept: list[int] = []
-    for c in range(classes):
-        members = random_state.permutation(np.flatnonzero(array == c))
-        wanted = int(largest * (1 / imbalance) ** (c / max(1, classes - 1)))
-        kept.extend(members[: max(1, wanted)].tolist())
-    return sorted(kept)
-
-
 def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None = None) -> Data:
     """The data set that ``settings.data`` names, with ``settings.imbalance`` applied to its training split.
 
@@ -240,7 +218,7 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
             f"`hfds/NAME`; there is no such folder.{hint}"
         )
     if settings.imbalance > 1:
-        data.train.keep(long_tail_indices(data.train.labels, settings.imbalance, settings.seed))
+        data.train.keep(long_tail_indices(data.train.labels, settings.imbalance))
     return data
 
 

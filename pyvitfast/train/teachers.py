@@ -10,8 +10,8 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from pyvitfast.prune import DistillationConfig, DistillationLoss, both_logits
-from pyvitfast.prune.distillation import Logits
+from pyvitfast.models.modules import Logits, both_logits
+from pyvitfast.prune import DistillationConfig, DistillationLoss
 from pyvitfast.train import model as models
 from pyvitfast.train.data import Data, image_size, input_channels
 from pyvitfast.train.errors import UserError
