@@ -68,7 +68,7 @@ def feature_rank(model: nn.Module, loader: Iterable[Any], threshold: float = 0.9
         model: a timm ``VisionTransformerDistilled`` on the device of the images.
         loader: batches of images [B, C, H, W], or tuples that begin with them. The rank is below the number
             of images, so take several times as many as the model is wide.
-        threshold: share of the variance, above 0 and up to 1; the paper's is not published, 0.99 is our choice.
+        threshold: share of the variance, above 0 and up to 1; not published, 0.99 is our choice.
 
     Returns:
         Ranks by block; the components are those of centred features, in float64.
@@ -146,7 +146,7 @@ def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
         images: [B, C, H, W].
 
     Returns:
-        float32 [blocks, heads] on the CPU, unsorted.
+        float32 [blocks, heads] on the CPU, unsorted; NaN behind the last head of a block that has fewer.
 
     Raises:
         TypeError: a model without blocks.
@@ -167,7 +167,7 @@ def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
             patches = attention[:, :, first:, first:]
             patches = patches / patches.sum(-1, keepdim=True)
             found.append((patches * distances).sum(-1).mean((0, 2)))
-        return torch.stack(found).cpu()
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=torch.nan).cpu()
 
 
 def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
@@ -192,12 +192,11 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
     with _observed(model, 1) as inner:
         maps = _attention_maps(inner, images)
         tokens = maps[0].shape[-1]
-        identity = torch.eye(tokens, device=maps[0].device)
-        flow = identity
+        flow = identity = torch.eye(tokens, device=maps[0].device)
         for attention in maps:
             flow = (attention.mean(1) + identity) / 2 @ flow
         first = inner.num_prefix_tokens
-        return flow[:, :first, first:].unflatten(-1, _grid(inner, images))
+        return flow[:, :first, first:].reshape(len(images), first, *_grid(inner, images))
 
 
 def _grid(model: Any, images: Tensor) -> tuple[int, int]:

@@ -143,7 +143,8 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
 
         Raises:
             TypeError: ``output`` is not a pair.
-            ValueError: mixed labels in an epoch without mixing, shapes that differ, a label out of range.
+            ValueError: mixed labels in an epoch without mixing, shapes that differ, or, on the CPU, a label
+                out of range (RuntimeError beside probabilities).
         """
         if isinstance(output, Tensor) or len(output) != 2:
             raise TypeError(
@@ -163,20 +164,18 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
                 f"DeiTLTLoss: `target` must be plain labels from epoch {self.drw_epoch} on, got mixed ones. "
                 "Mix only while loss.mixes is true, or set mixing_after_drw=True."
             )
-        labels = teacher.argmax(1) if teacher.is_floating_point() else teacher
         weights = None
+        norm = self.config.weight_norm
         if self.reweights:
             weights = self._weights(cls.device, torch.promote_types(cls.dtype, torch.float32))
-            if self.config.weight_norm == "classes":
-                divisor = torch.full((), float(len(cls)), device=cls.device)
-            elif self.config.weight_norm == "global":
-                divisor = self.window_divisor([labels]) if divisor is None else divisor
-            else:
-                divisor = None
-        else:
+        if weights is None or norm == "batch":
             divisor = None
+        elif norm == "classes":
+            divisor = torch.full((), float(len(cls)), device=cls.device)
+        elif divisor is None:
+            divisor = self.window_divisor([_hard(teacher)])
         if isinstance(target, Tensor) and target.is_floating_point():
-            return self._dense(cls, distilled, target, labels, weights, divisor)
+            return self._dense(cls, distilled, target, _hard(teacher), weights, divisor)
         partners = lam = None
         if isinstance(target, MixedLabels):
             target, partners, lam = target
@@ -185,7 +184,7 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
             cls,
             distilled,
             target,
-            labels,
+            teacher,
             weights=weights,
             partners=partners,
             lam=lam,
@@ -212,7 +211,7 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
                 f"DeiTLTLoss: `target` must be probabilities {list(cls.shape)}, got {list(target.shape)}."
             )
         cls_loss = -(target.to(wide) * F.log_softmax(cls.to(wide), 1)).sum(1).mean()
-        rows = F.cross_entropy(distilled.to(wide), labels, reduction="none")
+        rows = -F.log_softmax(distilled.to(wide), 1).gather(1, labels[:, None])[:, 0]
         if weights is None:
             dist_loss = rows.mean()
         else:
@@ -222,3 +221,7 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
             dist_loss = weighted / torch.where(total == 0, torch.ones_like(total), total)
         self.parts = LossParts(cls_loss.detach(), dist_loss.detach())
         return (1 - self.config.alpha) * cls_loss + self.config.alpha * dist_loss
+
+
+def _hard(teacher: Tensor) -> Tensor:
+    return teacher.argmax(1) if teacher.is_floating_point() else teacher

@@ -134,7 +134,7 @@ class PaCoLoss(nn.Module):
         positive = (labels[:, None] == theirs) & candidate
         total = c.beta * (centres[rows, labels] - denominator)
         total = total + c.alpha * ((products - denominator[:, None]) * positive).sum(1)
-        return -(total / (c.beta + c.alpha * positive.sum(1))).mean()
+        return -(total / (c.beta + c.alpha * positive.sum(1, dtype=wide))).mean()
 
 
 class PaCo(nn.Module):

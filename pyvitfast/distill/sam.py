@@ -80,7 +80,7 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer, self.adaptive = base_optimizer, adaptive
         self.rho = rho
         self.skipped = 0
-        self._norms = _batch_norms(model) if batch_norm_once and model is not None else []
+        self._batch_norms = _batch_norms(model) if batch_norm_once and model is not None else []
         self._weights: list[Tensor] = []
         self._kept: dict[Tensor, Tensor] = {}
         self._statistics: list[tuple[Tensor, Tensor]] = []
@@ -160,7 +160,7 @@ class SAM(torch.optim.Optimizer):
                 self._kept[p] = torch.empty_like(p)
         torch._foreach_copy_([self._kept[p] for p in weights], weights)
         self._weights = weights
-        self._statistics = [(b, b.clone()) for norm_ in self._norms for b in norm_.buffers()]
+        self._statistics = [(b, b.clone()) for layer in self._batch_norms for b in layer.buffers()]
         torch._foreach_add_(weights, grads, alpha=self.rho / (norm + _EPS))
         return True
 

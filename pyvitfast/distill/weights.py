@@ -38,8 +38,8 @@ def checked_counts(counts: Counts, owner: str, empty: str, empties: tuple[str, .
         more = f" and {len(without) - 10} more" if len(without) > 10 else ""
         raise ValueError(
             f"{owner}: `counts` must be at least 1, but there are no images of classes "
-            f"{', '.join(map(str, without[:10]))}{more}. Drop these classes, or choose what they count as with "
-            "`empty`: 'one' image, or 'zero', weight 0, where that is offered."
+            f"{', '.join(map(str, without[:10]))}{more}. Drop these classes, or choose what they count as "
+            "with `empty`: 'one' image, or 'zero', weight 0, where that is offered."
         )
     return n.clamp(min=1) if empty == "one" else n
 
