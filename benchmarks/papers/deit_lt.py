@@ -269,7 +269,7 @@ def tested(model: nn.Module, split: LongTailed) -> dict[str, dict[str, float]]:
     groups = distill.class_groups(split.counts)
     return {
         head: distill.group_accuracy(torch.cat([getattr(h, head) for h in heads]), split.test_y, groups)
-        for head in (("cls", "dist", "avg") if isinstance(model, VisionTransformerDistilled) else ("cls",))
+        for head in (("cls", "dist", "avg") if hasattr(model, "head_dist") else ("cls",))
     }
 
 
