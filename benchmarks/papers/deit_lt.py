@@ -100,8 +100,8 @@ def placed(images: Tensor, source: Source, generator: torch.Generator) -> Tensor
         canvas[down : down + source.side, right : right + source.side] = image
     swapped = torch.rand(count, 1, 1, generator=generator) < 0.5
     ink = torch.where(swapped, 1 - ink, ink)[:, None]
-    bright = 0.5 + 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
-    dark = 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
+    bright = 0.7 + 0.3 * torch.rand(count, 3, 1, 1, generator=generator)
+    dark = 0.3 * torch.rand(count, 3, 1, 1, generator=generator)
     coloured = dark + (bright - dark) * ink
     coloured += NOISE * torch.randn(coloured.shape, generator=generator)
     return (coloured - 0.5) / 0.25
@@ -193,7 +193,7 @@ def mixup() -> distill.PairedMixup:
 def teacher(kind: str, split: LongTailed, epochs: int) -> nn.Module:
     """A trained teacher: three stages of one residual block."""
     drw, mix = round(TEACHER_DRW * epochs), mixup()
-    cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM")
+    cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM", width=12)
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
     if kind == "LDAM + SAM":
         margins = distill.LDAMLoss(split.counts, drw_epoch=drw)
@@ -292,7 +292,7 @@ def study(job: tuple[str, int, str, float, str]) -> dict[str, Any]:
     kind = STUDENTS[arm][1]
     cnn = None
     if kind is not None:
-        cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM")
+        cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM", width=12)
         cnn.load_state_dict(torch.load(f"{folder}/{seed}-{kind}.pt"))
     seeded(seed, 100)
     return tested(student(arm, split, max(1, round(share * STUDENT_EPOCHS)), cnn), split)

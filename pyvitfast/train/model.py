@@ -165,6 +165,15 @@ def check_quantization(model: nn.Module, settings: Settings) -> None:
     quantise(copy.deepcopy(model), settings)
 
 
+def check_heads(model: nn.Module, settings: Settings) -> None:
+    """Raise UserError unless ``model`` has two heads."""
+    if not hasattr(model, "set_distilled_training") or not hasattr(model, "head_dist"):
+        names = ", ".join(timm.list_models("deit_*distilled*")[:3])
+        raise UserError(
+            f"--model {settings.model} has no distillation token and head. Take one that has: {names}."
+        )
+
+
 def quantise(model: nn.Module, settings: Settings) -> None:
     """Prepare ``model`` in place.
 
