@@ -142,7 +142,7 @@ def cropped(x: Tensor) -> Tensor:
 def strong(x: Tensor) -> Tensor:
     """Crop, brightness and colour jitter, random erasing."""
     x = cropped(x)
-    x = x * (1 + 0.4 * (torch.rand(len(x), 1, 1, 1) - 0.5)) + 0.8 * (torch.rand(len(x), 3, 1, 1) - 0.5)
+    x = x * (1 + 0.2 * (torch.rand(len(x), 1, 1, 1) - 0.5)) + 0.4 * (torch.rand(len(x), 3, 1, 1) - 0.5)
     erased: Tensor = RandomErasing(0.25, mode="pixel", device="cpu")(x)
     return erased
 
