@@ -146,16 +146,20 @@ def two_head_loss(
     wide = torch.float64 if cls_logits.dtype == torch.float64 else torch.float32
     inputs = (cls_logits, dist_logits, labels, teacher, weights, partners, lam, divisor)
     op = _checks.call(NAME)
-    tracing = torch.compiler.is_compiling()
-    if tracing:
+    if torch.compiler.is_compiling():
         _check(*inputs)
+    elif torch.is_grad_enabled() and (cls_logits.requires_grad or dist_logits.requires_grad):
+        op = _Eager.apply
     try:
-        numbers = [None if t is None else t.detach().to(wide) for t in (weights, lam, divisor)]
+        numbers = [
+            t if t is None or (t.dtype == wide and not t.requires_grad) else t.detach().to(wide)
+            for t in (weights, lam, divisor)
+        ]
         found = op(
             cls_logits,
             dist_logits,
             labels,
-            teacher.detach(),
+            teacher.detach() if teacher.requires_grad else teacher,
             numbers[0],
             partners,
             numbers[1],
@@ -206,6 +210,24 @@ def _backward(ctx: Any, grad: Tensor, grad_c: Tensor, grad_d: Tensor, *_: Any) -
     )
     wanted = [s if need else None for s, need in zip(slopes, ctx.needs_input_grad[:2], strict=True)]
     return (*wanted, *[None] * 8)
+
+
+class _Eager(torch.autograd.Function):
+    """The gradients that are registered, without Python's part of the dispatcher: half of a small call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _checks.call(NAME)(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _backward(ctx, *grads)  # which refuses second derivatives
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(ctx, *grads)
 
 
 differentiable(

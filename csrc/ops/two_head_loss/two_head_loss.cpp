@@ -19,22 +19,27 @@ constexpr const char* kName = "two_head_loss";
 
 using MaybeTensor = std::optional<Tensor>;
 
+// Without a trip through the dispatcher where there is nothing to do.
+Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // On CUDA a label out of range is the kernels' affair: looking would wait for the device.
 Tensor dense_labels(const Tensor& labels, const char* name, int64_t rows,
                     [[maybe_unused]] int64_t classes) {
     STD_TORCH_CHECK(
         labels.dim() == 1 && labels.size(0) == rows && labels.scalar_type() == DType::Long, kName,
         ": ", name, " must be int64, one a row");
-    const Tensor dense = torch::stable::contiguous(labels);
+    const Tensor whole = dense(labels);
 #if PVF_CPU_KERNELS
-    const auto* values = static_cast<const int64_t*>(dense.data_ptr());
+    const auto* values = static_cast<const int64_t*>(whole.data_ptr());
     for (int64_t i = 0; i < rows; ++i) {
         STD_TORCH_CHECK(values[i] >= 0 && values[i] < classes, kName, ": ", name,
                         " must be classes from 0 to ", classes - 1, ", got ", values[i], " in row ",
                         i);
     }
 #endif
-    return dense;
+    return whole;
 }
 
 // What forward and backward share; `held` keeps the copies alive.
@@ -61,7 +66,7 @@ TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
     const auto sums = [&](const Tensor& tensor, const char* name) {
         STD_TORCH_CHECK(tensor.scalar_type() == wide, kName, ": ", name,
                         " must be float32, or float64 beside float64 logits");
-        return keep(torch::stable::contiguous(tensor));
+        return keep(dense(tensor));
     };
     p.cls = keep(with_dense_rows(cls));
     p.cls_stride = row_stride(held.back());
@@ -108,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
     const int64_t width = p.type == FloatType::kFloat64 ? 8 : 4;
     const bool logits = teacher.dim() == 2;
-    Tensor chosen = empty(cls, {p.rows}, DType::Long);
+    const Tensor chosen = empty_quickly(cls, {p.rows}, DType::Long);
     if (logits) {
         STD_TORCH_CHECK(teacher.size(0) == p.rows && teacher.size(1) == p.classes, kName,
                         ": teacher logits must have the shape of the others");
@@ -118,20 +123,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
         p.teacher_stride = row_stride(held.back());
     } else {
         const Tensor given = dense_labels(teacher, "teacher", p.rows, p.classes);
-        torch::stable::copy_(chosen, given);
+        Tensor copy = chosen;
+        torch::stable::copy_(copy, given);
     }
     if (divisor.has_value()) {
         STD_TORCH_CHECK(divisor->numel() == 1 && divisor->scalar_type() == wide, kName,
                         ": divisor must be one number of the dtype of sums");
-        held.push_back(torch::stable::contiguous(*divisor));
+        held.push_back(dense(*divisor));
         p.divisor = held.back().data_ptr();
     }
-    const Tensor stats = empty(cls, {4, p.rows}, wide);
-    const Tensor parts = empty(cls, {3, p.rows}, wide);
-    const Tensor loss = empty(cls, {}, wide);
-    const Tensor cls_loss = empty(cls, {}, wide);
-    const Tensor dist_loss = empty(cls, {}, wide);
-    const Tensor total = empty(cls, {}, wide);
+    const Tensor stats = empty_quickly(cls, {4, p.rows}, wide);
+    const Tensor parts = empty_quickly(cls, {3, p.rows}, wide);
+    const Tensor loss = empty_quickly(cls, {}, wide);
+    const Tensor cls_loss = empty_quickly(cls, {}, wide);
+    const Tensor dist_loss = empty_quickly(cls, {}, wide);
+    const Tensor total = empty_quickly(cls, {}, wide);
     p.chosen = static_cast<int64_t*>(chosen.data_ptr());
     p.peaks = stats.data_ptr();
     p.log_sums = static_cast<char*>(stats.data_ptr()) + 2 * p.rows * width;
@@ -168,8 +174,8 @@ std::tuple<Tensor, Tensor> two_head_loss_backward(Tensor grad, Tensor grad_c, Te
         stats.numel() == 4 * p.rows && stats.is_contiguous() && stats.scalar_type() == wide, kName,
         ": statistics must be those of the forward pass");
     const Tensor found = dense_labels(chosen, "teacher", p.rows, p.classes);
-    const Tensor grad_cls = empty(cls, {p.rows, p.classes});
-    const Tensor grad_dist = empty(cls, {p.rows, p.classes});
+    const Tensor grad_cls = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
+    const Tensor grad_dist = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     p.chosen = static_cast<int64_t*>(found.data_ptr());
     p.peaks = stats.data_ptr();
     p.log_sums =

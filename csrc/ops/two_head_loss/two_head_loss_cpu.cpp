@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu_matmul.h"
@@ -29,19 +30,27 @@ PVF_INLINE void for_chunks(const T* row, int64_t count, const F& f) {
     }
 }
 
-// f(vector, place) for all vectors of a row; the last one is filled up with `filler`.
+// f(vector, place, slot) for all vectors of a row, neighbours in slots of their own, so that none
+// waits for another; the last one is filled up with `filler`.
+constexpr int kSlots = 4;
+
 template <typename A, typename F>
 PVF_INLINE void for_vectors(const A* values, int64_t count, A filler, const F& f) {
     int64_t i = 0;
+    for (; i + kSlots * kWide<A> <= count; i += kSlots * kWide<A>) {
+#pragma GCC unroll 4
+        for (int slot = 0; slot < kSlots; ++slot) {
+            f(load_wide(values + i + slot * kWide<A>), i + slot * kWide<A>, slot);
+        }
+    }
     for (; i + kWide<A> <= count; i += kWide<A>) {
-        f(load_wide(values + i), i);
+        f(load_wide(values + i), i, 0);
     }
     if (i < count) {
-        Wide<A> last = filler - Wide<A>{};
-        for (int64_t lane = 0; i + lane < count; ++lane) {
-            last[lane] = values[i + lane];
-        }
-        f(last, i);
+        A last[kWide<A>];
+        store_unaligned(last, filler - Wide<A>{});
+        std::memcpy(last, values + i, static_cast<size_t>(count - i) * sizeof(A));
+        f(load_wide(last), i, 0);
     }
 }
 
@@ -55,24 +64,35 @@ struct RowSums {
 template <typename A, typename T>
 PVF_INLINE RowSums<A> sums_of_row(const T* row, int64_t classes, bool shifted) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
-    Wide<A> best = kLowest - Wide<A>{};
+    Wide<A> best[kSlots];
+    for (Wide<A>& slot : best) {
+        slot = kLowest - Wide<A>{};
+    }
+    for_chunks<A>(row, classes, [&](const A* values, int64_t, int64_t count) {
+        for_vectors(values, count, kLowest, [&](Wide<A> v, int64_t, int slot) {
+            best[slot] = v > best[slot] ? v : best[slot];
+        });
+    });
+    A peak = kLowest;
+    for (const Wide<A>& slot : best) {
+        for (int lane = 0; lane < kWide<A>; ++lane) {
+            peak = slot[lane] > peak ? slot[lane] : peak;
+        }
+    }
+    Wide<A> sums[kSlots] = {};
+    Wide<A> over[kSlots] = {};
     for_chunks<A>(row, classes, [&](const A* values, int64_t, int64_t count) {
         for_vectors(values, count, kLowest,
-                    [&](Wide<A> v, int64_t) { best = v > best ? v : best; });
-    });
-    A peak = best[0];
-    for (int lane = 1; lane < kWide<A>; ++lane) {
-        peak = best[lane] > peak ? best[lane] : peak;
-    }
-    Wide<A> sum{};
-    Wide<A> over{};
-    for_chunks<A>(row, classes, [&](const A* values, int64_t, int64_t count) {
-        for_vectors(values, count, kLowest, [&](Wide<A> v, int64_t) { sum += exp_of(v - peak); });
+                    [&](Wide<A> v, int64_t, int slot) { sums[slot] += exp_of(v - peak); });
         if (shifted) {
-            for_vectors(values, count, peak, [&](Wide<A> v, int64_t) { over += v - peak; });
+            for_vectors(values, count, peak,
+                        [&](Wide<A> v, int64_t, int slot) { over[slot] += v - peak; });
         }
     });
-    return {peak, std::log(sum_of<A>(sum)), sum_of<A>(over)};
+    const auto all = [](const Wide<A>(&parts)[kSlots]) {
+        return sum_of<A>((parts[0] + parts[1]) + (parts[2] + parts[3]));
+    };
+    return {peak, std::log(all(sums)), all(over)};
 }
 
 template <typename A, typename T>
@@ -80,27 +100,39 @@ static int64_t argmax(const T* row, int64_t classes) {
     using Index = typename WideOf<A>::index;
     using Whole = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
-    Wide<A> best = kLowest - Wide<A>{};
-    Index place{};
+    Wide<A> best[kSlots];
+    Index places[kSlots] = {};
     Index lanes{};
     for (int lane = 0; lane < kWide<A>; ++lane) {
         lanes[lane] = lane;
     }
+    for (Wide<A>& slot : best) {
+        slot = kLowest - Wide<A>{};
+    }
     for_chunks<A>(row, classes, [&](const A* values, int64_t first, int64_t count) {
-        for_vectors(values, count, kLowest, [&](Wide<A> v, int64_t i) {
-            const Index better = (v > best) | ((v != v) & (best == best));
-            best = better ? v : best;
-            place = better ? lanes + static_cast<Whole>(first + i) : place;
+        for_vectors(values, count, kLowest, [&](Wide<A> v, int64_t i, int slot) {
+            const Wide<A> old = best[slot];
+            const Index better = (v > old) | ((v != v) & (old == old));
+            best[slot] = better ? v : old;
+            places[slot] = better ? lanes + static_cast<Whole>(first + i) : places[slot];
         });
     });
-    A greatest = best[0];
-    int64_t found = place[0];
+    for (int slot = 1; slot < kSlots; ++slot) {
+        const Index equal =
+            (best[slot] == best[0]) | ((best[slot] != best[slot]) & (best[0] != best[0]));
+        const Index nan = (best[slot] != best[slot]) & (best[0] == best[0]);
+        const Index better = (best[slot] > best[0]) | nan | (equal & (places[slot] < places[0]));
+        best[0] = better ? best[slot] : best[0];
+        places[0] = better ? places[slot] : places[0];
+    }
+    A greatest = best[0][0];
+    int64_t found = places[0][0];
     for (int lane = 1; lane < kWide<A>; ++lane) {
-        const bool same =
-            best[lane] == greatest || (best[lane] != best[lane] && greatest != greatest);
-        if (two_heads::leads(best[lane], greatest) || (same && place[lane] < found)) {
-            greatest = best[lane];
-            found = place[lane];
+        const A value = best[0][lane];
+        const bool same = value == greatest || (value != value && greatest != greatest);
+        if (two_heads::leads(value, greatest) || (same && places[0][lane] < found)) {
+            greatest = value;
+            found = places[0][lane];
         }
     }
     return found;
@@ -183,7 +215,7 @@ PVF_INLINE void grads_of_row(const T* row, T* out, int64_t classes, A peak, A lo
         } else {
             to = narrow;
         }
-        for_vectors(values, count, A(0), [&](Wide<A> v, int64_t i) {
+        for_vectors(values, count, A(0), [&](Wide<A> v, int64_t i, int) {
             const Wide<A> g = slope * (exp_of(v - peak - log_sum) - target.floor);
             if (i + kWide<A> <= count) {
                 store_unaligned(to + i, g);
