@@ -150,7 +150,7 @@ PVF_DEVICE A weight_of(const TwoHeadLoss& p, int64_t c) {
 }
 
 template <typename T, typename TeacherT, int kVector, bool kBlock>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 4) row_kernel(const __grid_constant__ TwoHeadLoss p) {
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2) row_kernel(const __grid_constant__ TwoHeadLoss p) {
     using A = Accumulate<T>;
     using Mine = Team<kBlock>;
     const int64_t row = Mine::row();
@@ -238,7 +238,7 @@ PVF_DEVICE void grads_of_row(const T* row, T* out, int64_t classes, A peak, A lo
 }
 
 template <typename T, int kVector, bool kBlock>
-PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 4)
+PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2)
     grads_kernel(const __grid_constant__ TwoHeadLoss p) {
     using A = Accumulate<T>;
     const int64_t row = Team<kBlock>::row();
