@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyvitfast import distill as methods
 from pyvitfast.models.checkpoint import load
-from pyvitfast.models.cifar_resnet import CifarResNet
 from pyvitfast.train import model as models
 from pyvitfast.train.data import (
     Data,
@@ -273,10 +272,7 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
             )
     torch.manual_seed(s.seed)
     cnn = models.create(s.teacher_model, flag="--teacher-model", **arguments)
-    if isinstance(cnn, CifarResNet) and data.in_chans is not None:
-        shape = tuple(data.train[0, None][0].shape)
-        known: Any = cnn
-        known.pretrained_cfg = known.default_cfg = {**known.pretrained_cfg, "input_size": shape}
+    models.take_size_of(data, cnn)
     models.check_fit(cnn, s.teacher_model, data)
     return cnn
 
@@ -354,16 +350,7 @@ def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Modul
         UserError: it is not there, or does not fit the data.
     """
     name = settings.teacher or ""
-    if models.is_file(name):
-        cnn = models.load_file(name, flag="--teacher")
-    else:
-        cnn = models.create(name, True, flag="--teacher")
-    classes = getattr(cnn, "num_classes", data.num_classes)
-    if classes != data.num_classes:
-        raise UserError(
-            f"--teacher {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
-            "Leave --teacher out to train one on this data."
-        )
+    cnn = models.trained(name, data, "--teacher", "Leave --teacher out to train one on this data.")
     chans, theirs = input_channels(student), input_channels(cnn)
     if chans != theirs:
         raise UserError(
