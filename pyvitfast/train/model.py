@@ -116,7 +116,8 @@ def trained(name: str, data: Data, flag: str, otherwise: str) -> nn.Module:
     classes = getattr(model, "num_classes", data.num_classes)
     if classes != data.num_classes:
         raise UserError(
-            f"{flag} {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. {otherwise}"
+            f"{flag} {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
+            + otherwise
         )
     return model
 
