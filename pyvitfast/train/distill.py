@@ -270,6 +270,11 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
                 f"--teacher-model {s.teacher_model} has no cosine classifier, which ldam needs. "
                 "Take resnet32_cifar, another --teacher-loss, or a trained one by --teacher FILE."
             )
+    if s.amp == "fp16" and s.sam_rho:
+        raise UserError(
+            "--amp fp16 does not go with SAM, whose skipped steps would leave the scale of the loss as it is. "
+            "Use --amp bf16, --sam-rho 0, or a trained one by --teacher FILE."
+        )
     torch.manual_seed(s.seed)
     cnn = models.create(s.teacher_model, flag="--teacher-model", **arguments)
     models.take_size_of(data, cnn)

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import pyvitfast as vf
 from pyvitfast.cli import app
-from pyvitfast.train import Settings, open_data
+from pyvitfast.train import Settings, UserError, open_data, resolve
+from pyvitfast.train.distill import make_teacher
 from tests.train.conftest import metrics, stopping_after
 
 # 9 updates an epoch, of the teacher and of the student.
@@ -125,6 +126,12 @@ def test_steps_of_class_sizes():
 )
 def test_bad_flags_say_what_is_wrong(flags, line, refused, tmp_path):
     assert line in refused("distill", *flags, "--out", tmp_path / "o")
+
+
+def test_half_precision_does_not_go_with_sam():
+    settings = resolve(flags={"amp": "fp16"}, verb="distill")
+    with pytest.raises(UserError, match="--amp fp16 does not go with SAM"):
+        make_teacher(settings, open_data(settings))
 
 
 @pytest.mark.parametrize(
