@@ -272,7 +272,7 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
             )
     if s.amp == "fp16" and s.sam_rho:
         raise UserError(
-            "--amp fp16 does not go with SAM, whose skipped steps would leave the scale of the loss as it is. "
+            "--amp fp16 does not go with SAM: a step it skips would leave the scale of the loss as it is. "
             "Use --amp bf16, --sam-rho 0, or a trained one by --teacher FILE."
         )
     torch.manual_seed(s.seed)
