@@ -73,11 +73,12 @@ PVF_INLINE RowSums<A> sums_of_row(const T* row, int64_t classes, bool shifted) {
             best[slot] = v > best[slot] ? v : best[slot];
         });
     });
-    A peak = kLowest;
-    for (const Wide<A>& slot : best) {
-        for (int lane = 0; lane < kWide<A>; ++lane) {
-            peak = slot[lane] > peak ? slot[lane] : peak;
-        }
+    for (int slot = 1; slot < kSlots; ++slot) {
+        best[0] = best[slot] > best[0] ? best[slot] : best[0];
+    }
+    A peak = best[0][0];
+    for (int lane = 1; lane < kWide<A>; ++lane) {
+        peak = best[0][lane] > peak ? best[0][lane] : peak;
     }
     Wide<A> sums[kSlots] = {};
     Wide<A> over[kSlots] = {};
