@@ -25,6 +25,7 @@
 #include "ops/structured_gather/structured_gather.h"
 #include "ops/structured_zero_/structured_zero_.h"
 #include "ops/tensor_ring_grow/tensor_ring_grow.h"
+#include "ops/two_head_loss/two_head_loss.h"
 #include "ops/window_gather_attention/window_gather_attention.h"
 
 namespace py = pybind11;
@@ -156,6 +157,15 @@ py::dict launch_plan(const std::string& op, const Shapes& shapes, int arch) {
     if (op == "kron_grow" || op == "tensor_ring_grow") {
         return growth_plan(op, shapes);
     }
+    if (op == "two_head_loss") {
+        int64_t blocks = 0;
+        int64_t logits = 0;
+        for (const auto& [rows, classes] : shapes) {
+            blocks += two_head_loss_blocks(rows, classes);
+            logits += 2 * rows * classes;
+        }
+        return plan(2, blocks, kTwoHeadThreads, 0, 4 * logits);
+    }
     if (op == "adaptive_window_pool") {
         constexpr int64_t kBins = 16;
         int64_t sums = 0;
@@ -270,6 +280,7 @@ PYBIND11_MODULE(_C, m) {
         "blocks and "
         "shared memory are those of the kernel that reads the tokens. "
         "adaptive_window_pool: an image each, (side of the grid, channels), averaged to 4 by 4. "
+        "two_head_loss: (rows, classes) of the logits, the forward; blocks of the first kernel. "
         "commit_: the "
         "shapes are (units, 1). linear_cross_attention: one (tokens, channels) an image, heads "
         "64 wide; "

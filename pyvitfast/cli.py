@@ -86,6 +86,23 @@ TokensBase = Annotated[int | None, typer.Option(help="Blocks before them.  [defa
 TokensPool = Annotated[
     str | None, typer.Option(help="Where they start: learned, avg, max, overlap or multiscale.")
 ]
+Teacher = Annotated[
+    str | None, typer.Option(help="Trained CNN: timm name or a file of ours.  [default: train one]")
+]
+TeacherModel = Annotated[str | None, typer.Option(help="timm name of the CNN to train.")]
+TeacherLoss = Annotated[str | None, typer.Option(help="ldam, ce or balanced_softmax.")]
+TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of the CNN.")]
+TeacherLr = Annotated[float | None, typer.Option(help="Peak learning rate of the CNN.")]
+TeacherSize = Annotated[int | None, typer.Option(help="Side of the CNN's images.  [default: its own]")]
+SamRho = Annotated[float | None, typer.Option(help="Radius of SAM in the CNN's training; 0 is off.")]
+ClassMap = Annotated[
+    str | None, typer.Option(metavar="FILE.json", help="The student's number of each of the CNN's classes.")
+]
+DistillAlpha = Annotated[float | None, typer.Option(help="Share of the DIST head's loss.")]
+DrwEpoch = Annotated[
+    int | None, typer.Option(help="First epoch, from 0, weighted by class.  [default: 11/12 of them]")
+]
+ImbalanceType = Annotated[str | None, typer.Option(help="exp or step.")]
 Compare = Annotated[
     bool | None,
     typer.Option("--compare/--no-compare", help="Finetune straight-through beside it, for the report."),
@@ -170,7 +187,7 @@ def _run(name: str, job: Callable[..., Any], parameters: Mapping[str, Any]) -> N
 
     flags, resume = _flags(parameters), parameters["resume"]
     config, assign = parameters["config"], parameters["assign"] or []
-    settings = st.resolve(config, assign, flags)
+    settings = st.resolve(config, assign, flags, name)
     out = parameters["out"] or Path("out") / f"{name}-{settings.data.replace('/', '-').strip('-.')}"
     given: dict[str, Any] = {}
     if resume:
@@ -435,6 +452,56 @@ def grow(
     from pyvitfast.train import grow as job
 
     _run("grow", job, parameters)
+
+
+@verb
+def distill(
+    model: Model = None,
+    data: DataSpec = None,
+    out: Out = None,
+    imbalance: Imbalance = None,
+    imbalance_type: ImbalanceType = None,
+    teacher: Teacher = None,
+    teacher_model: TeacherModel = None,
+    teacher_loss: TeacherLoss = None,
+    teacher_epochs: TeacherEpochs = None,
+    teacher_lr: TeacherLr = None,
+    teacher_size: TeacherSize = None,
+    sam_rho: SamRho = None,
+    class_map: ClassMap = None,
+    distill_alpha: DistillAlpha = None,
+    drw_epoch: DrwEpoch = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    opt: Opt = None,
+    weight_decay: WeightDecay = None,
+    sched: Sched = None,
+    warmup_epochs: WarmupEpochs = None,
+    clip_grad: ClipGrad = None,
+    grad_accum_steps: GradAccum = None,
+    smoothing: Smoothing = None,
+    mixup: Mixup = None,
+    cutmix: Cutmix = None,
+    pretrained: Pretrained = None,
+    amp: Amp = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    assign: Assign = None,
+    debug: Debug = False,
+) -> None:
+    """Train a student with two heads on long-tailed images, one of them on a small CNN's labels (DeiT-LT).
+
+    The CNN is trained on the same images first; --teacher FILE takes one that is there.
+    """
+    parameters = dict(locals())
+    from pyvitfast.train import distill as job
+
+    _run("distill", job, parameters)
 
 
 @verb

@@ -143,8 +143,8 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
 
         Raises:
             TypeError: ``output`` is not a pair.
-            ValueError: mixed labels in an epoch without mixing, or shapes that differ; a label out of range on
-                the CPU (RuntimeError beside probabilities).
+            ValueError: mixed labels in an epoch without mixing, shapes that differ, or, on the CPU, a label
+                out of range (RuntimeError beside probabilities).
         """
         if isinstance(output, Tensor) or len(output) != 2:
             raise TypeError(

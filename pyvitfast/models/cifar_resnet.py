@@ -70,7 +70,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet with three stages of 16, 32 and 64 channels and shortcuts of type A.
+    """ResNet with three stages, by default of 16, 32 and 64 channels, and shortcuts of type A.
 
     Args:
         depth: blocks in a stage.
@@ -78,6 +78,7 @@ class CifarResNet(nn.Module):
         in_chans: channels of the images.
         cosine: a :class:`CosineClassifier`, whose logits are cosines, in place of a linear one.
         drop_rate: dropout before the classifier.
+        width: channels of the first stage; the next have twice and four times as many.
 
     Source:
         He et al., CVPR 2016, section 4.2. Convolutions are drawn as in He et al., ICCV 2015.
@@ -90,15 +91,16 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         cosine: bool = False,
         drop_rate: float = 0.0,
+        width: int = 16,
     ) -> None:
         super().__init__()
         self.num_classes, self.cosine, self.drop_rate = num_classes, cosine, drop_rate
-        self.num_features = self.head_hidden_size = 64
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, depth, 1)
-        self.layer2 = _stage(16, 32, depth, 2)
-        self.layer3 = _stage(32, 64, depth, 2)
+        self.num_features = self.head_hidden_size = 4 * width
+        self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, depth, 1)
+        self.layer2 = _stage(width, 2 * width, depth, 2)
+        self.layer3 = _stage(2 * width, 4 * width, depth, 2)
         self.fc = self._classifier()
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -128,13 +130,13 @@ class CifarResNet(nn.Module):
         self.fc = self._classifier().to(self.conv1.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to the last stage's map [B, 64, H / 4, W / 4]."""
+        """Images [B, in_chans, H, W] to the last stage's map [B, 4 width, H / 4, W / 4]."""
         x = F.relu(self.bn1(self.conv1(x)))
         out: Tensor = self.layer3(self.layer2(self.layer1(x)))
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map to features [B, 64], and classify them unless ``pre_logits``."""
+        """Pool a map to features [B, 4 width], and classify them unless ``pre_logits``."""
         x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
         if pre_logits:
             return x

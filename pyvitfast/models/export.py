@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,15 +84,22 @@ def _check(model: nn.Module, chosen: str) -> None:
 
 
 def _onnx(model: nn.Module, images: Tensor, shapes: Any) -> tuple[bytes, Callable[[Tensor], Tensor] | None]:
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        unknown = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
+        what = f"{unknown[1]} has no form" if unknown else "it cannot be written"
+        raise NotImplementedError(
+            f"export: {what} in ONNX that this torch knows. Export to .pt2 instead."
+        ) from error
     assert program is not None
     data = program.model_proto.SerializeToString()
     if importlib.util.find_spec("onnxruntime") is None:

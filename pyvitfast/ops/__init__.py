@@ -28,6 +28,7 @@ from pyvitfast.ops.spsa_update_ import spsa_update_  # noqa: E402
 from pyvitfast.ops.structured_gather import structured_gather  # noqa: E402
 from pyvitfast.ops.structured_zero_ import structured_zero_  # noqa: E402
 from pyvitfast.ops.tensor_ring_grow import tensor_ring_grow  # noqa: E402
+from pyvitfast.ops.two_head_loss import two_head_loss  # noqa: E402
 from pyvitfast.ops.window_gather_attention import window_gather_attention  # noqa: E402
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "structured_gather",
     "structured_zero_",
     "tensor_ring_grow",
+    "two_head_loss",
     "window_gather_attention",
 ]
 

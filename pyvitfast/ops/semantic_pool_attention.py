@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyvitfast.ops import _attention, _checks
 from pyvitfast.ops._registration import differentiable
+from pyvitfast.ops.few_query_attention import few_query_attention
 
 NAME = "semantic_pool_attention"
 NAMES = (
@@ -101,7 +102,10 @@ def _plain(inputs: tuple[Tensor | None, ...], num_heads: int, scale: float, eps:
         k, v = torch.unflatten(both, 2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     else:
         k, v = heads(rows, k_weight, k_bias), heads(rows, v_weight, v_bias)
-    mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if q.device.type == "cpu" and q.dtype == torch.float32:
+        mixed = few_query_attention(q, k, v, scale=scale)[0]
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return F.linear(mixed.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
 
@@ -165,8 +169,8 @@ def semantic_pool_attention(
 
     Sums are float32 for 16-bit inputs. The order of all sums depends on the shapes alone, so the bits do not
     depend on threads or runs. NaN and Inf spread as in softmax. There is no dropout and no mask. Where keys
-    and values take less arithmetic, about M above C / (H - 1), they are computed, in plain torch
-    and the dtype of the inputs; on CUDA also above 768 channels, or 352 in float64.
+    and values take less arithmetic, about M above C / (H - 1), they are computed, by torch's
+    products, in the dtype of the inputs; on CUDA also above 768 channels, or 352 in float64.
 
     Source:
         STViT (Chang et al., CVPR 2023), section 3.2, eq. 1 and 2; the order of the products is ours.

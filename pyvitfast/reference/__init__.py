@@ -14,6 +14,7 @@ from pyvitfast.reference.spsa_update_ import spsa_update_
 from pyvitfast.reference.structured_gather import structured_gather
 from pyvitfast.reference.structured_zero_ import structured_zero_
 from pyvitfast.reference.tensor_ring_grow import tensor_ring_grow
+from pyvitfast.reference.two_head_loss import two_head_loss
 from pyvitfast.reference.window_gather_attention import window_gather_attention
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "structured_gather",
     "structured_zero_",
     "tensor_ring_grow",
+    "two_head_loss",
     "window_gather_attention",
 ]

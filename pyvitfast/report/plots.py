@@ -15,7 +15,13 @@ from pyvitfast.models.summary import ModelSummary
 from pyvitfast.report.measure import Facts
 
 BEFORE, AFTER, MARK = "#b6bec8", "#2563a8", "#d1495b"
-_STAGES = {"train": "#64748b", "prune": "#d1495b", "finetune": "#2563a8"}
+_STAGES = {
+    "train": "#64748b",
+    "prune": "#d1495b",
+    "finetune": "#2563a8",
+    "teacher": "#edae49",
+    "student": "#2563a8",
+}
 _BASELINES = ("ste", "scratch")
 _STYLE = {
     "font.size": 10,
@@ -235,3 +241,33 @@ def semantic_tokens(path: Path, model: Any, samples: Tensor) -> None:
                 axes.set_axis_off()
         rows[0][0].set_title("image", fontsize=8)
         rows[0][1].set_title("largest weight", fontsize=8)
+
+
+def heads(path: Path, found: Event) -> None:
+    """Accuracy of each head by class, ranks of both tokens and attention distances after each block."""
+    colours = {"cls": MARK, "dist": "#edae49", "avg": AFTER}
+    with _figure(path, 10.5, 3.4) as figure:
+        classes, ranks, distances = figure.subplots(1, 3)
+        order = sorted(range(len(found["counts"])), key=lambda c: -found["counts"][c])
+        for head, accuracy in found["by_class"].items():
+            classes.plot([accuracy[c] for c in order], color=colours[head], marker=".", label=head.upper())
+        classes.set_xlabel("classes, the most frequent first")
+        classes.set_ylabel("top-1 accuracy, %")
+        images = classes.twinx()
+        images.bar(range(len(order)), [found["counts"][c] for c in order], color=BEFORE, alpha=0.35)
+        images.set_ylabel("training images")
+        images.grid(visible=False)
+        classes.set_zorder(images.get_zorder() + 1)
+        classes.patch.set_visible(False)
+        classes.legend(frameon=False)
+        for token, values in found["rank"].items():
+            ranks.plot(
+                range(1, len(values) + 1), values, color=colours[token], marker=".", label=token.upper()
+            )
+        ranks.set_xlabel("block")
+        ranks.set_ylabel("components of 99 % of the variance")
+        ranks.legend(frameon=False)
+        for block, values in enumerate(found["attention_distance"], 1):
+            distances.plot([block] * len(values), values, "o", color=AFTER, alpha=0.6, markersize=4)
+        distances.set_xlabel("block")
+        distances.set_ylabel("attention distance of heads, pixels")

@@ -18,6 +18,7 @@ from pyvitfast.report.measure import BATCHES, Facts, Row, measure, table
 from pyvitfast.report.page import page
 
 _SAVED = "Training operations saved"
+_HEADS = "Accuracy of each head"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def write_report(
     saved = savings(events)
     if saved:
         _print(_SAVED, saved, console, wraps=True)
+    heads = accuracy_of_heads(events)
+    if heads:
+        _print(_HEADS, heads, console)
     images = _figures(folder, old, new, events)
     if samples is not None and _reads_patches(after.model):
         images["What the semantic tokens attend to"] = folder / "report-tokens.png"
@@ -90,7 +94,7 @@ def write_report(
         settings,
         start.get("versions", {}),
         start.get("command", []),
-        {_SAVED: saved} if saved else {},
+        {name: rows for name, rows in ((_SAVED, saved), (_HEADS, heads)) if rows},
     )
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
@@ -125,6 +129,21 @@ def savings(events: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def accuracy_of_heads(events: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Accuracy by head and group of classes as rows of text, the first one the head; empty without any."""
+    found = next((e for e in reversed(events) if e["event"] == "heads"), None)
+    if found is None:
+        return []
+    names = list(found["accuracy"]["avg"])
+    return [
+        ["", *names],
+        *(
+            [head.upper(), *(f"{accuracy[name]:.2f} %" for name in names)]
+            for head, accuracy in found["accuracy"].items()
+        ),
+    ]
+
+
 def _figures(
     folder: Path, old: Facts | None, new: Facts, events: Sequence[dict[str, Any]]
 ) -> dict[str, Path]:
@@ -143,6 +162,9 @@ def _figures(
         heading = "Accuracy and loss by training operations"
         images[heading] = folder / "report-growth.png"
         plots.growth(images[heading], events)
+    if heads := [e for e in events if e["event"] == "heads"]:
+        images["Rare classes and tokens"] = folder / "report-heads.png"
+        plots.heads(images["Rare classes and tokens"], heads[-1])
     if any(e["event"] == "epoch" for e in events):
         name = "report-training.png" if old is not None else "report.png"
         images["Training"] = folder / name

@@ -2,6 +2,7 @@
 
 from pyvitfast.distill import long_tail_indices
 from pyvitfast.train.data import Data, open_data
+from pyvitfast.train.distill import distill
 from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.grow import grow
 from pyvitfast.train.loop import Accuracy
@@ -17,6 +18,7 @@ __all__ = [
     "Outcome",
     "Settings",
     "UserError",
+    "distill",
     "evaluate_model",
     "grow",
     "long_tail_indices",

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
 
 from pyvitfast.distill import long_tail_indices
 from pyvitfast.train.errors import UserError, nearest
@@ -138,6 +139,18 @@ class ImageSplit(Split):
                 "auto_augment": settings.aa,
                 "re_prob": settings.reprob,
             }
+        if training and settings.train_crop == "pad":
+            resample = transforms.InterpolationMode(config["interpolation"])
+            self.transform = transforms.Compose(
+                [
+                    transforms.Resize((size, size), resample),
+                    transforms.RandomCrop(size, padding=size // 8),
+                    transforms.RandomHorizontalFlip(settings.hflip),
+                    transforms.ToTensor(),
+                    transforms.Normalize(mean, std),
+                ]
+            )
+            return
         self.transform = timm.data.create_transform(
             input_size=(chans, size, size),
             is_training=training,
@@ -218,7 +231,8 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
             f"`hfds/NAME`; there is no such folder.{hint}"
         )
     if settings.imbalance > 1:
-        data.train.keep(long_tail_indices(data.train.labels, settings.imbalance))
+        kind: Any = settings.imbalance_type
+        data.train.keep(long_tail_indices(data.train.labels, settings.imbalance, kind))
     return data
 
 

@@ -19,12 +19,13 @@ from pyvitfast.models.checkpoint import load, save, write_atomically
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.settings import Settings
 
-CONFIG, METRICS, MODEL, DENSE, GROWN, LATENCY, CHECKPOINTS = (
+CONFIG, METRICS, MODEL, DENSE, GROWN, TEACHER, LATENCY, CHECKPOINTS = (
     "config.yaml",
     "metrics.jsonl",
     "model.safetensors",
     "dense.safetensors",
     "grown.safetensors",
+    "teacher.safetensors",
     "latency.json",
     "checkpoints",
 )
@@ -89,7 +90,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        for name in (CONFIG, METRICS, MODEL, DENSE, GROWN, LATENCY):
+        for name in (CONFIG, METRICS, MODEL, DENSE, GROWN, TEACHER, LATENCY):
             (self.path / name).unlink(missing_ok=True)
         for report in self.path.glob("report*"):
             if report.suffix in (".html", ".png"):

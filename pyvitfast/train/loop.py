@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import timm.data
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from pyvitfast.prune import NViTPruner
-from pyvitfast.quantize import FOGZO
 from pyvitfast.train.data import Data, EpochBatches, make_loader
 from pyvitfast.train.errors import Interrupted, UserError
 from pyvitfast.train.folder import RunFolder
@@ -32,7 +31,7 @@ from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
 from pyvitfast.train.teachers import Teachers
 
-STAGES = ("train", "prune", "finetune", "grow")
+STAGES = ("train", "prune", "finetune", "grow", "teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,39 @@ class Accuracy:
 
     top1: float
     class_mean: float
+
+
+class Stepper(Protocol):
+    """What takes an optimizer's steps from a closure that computes the loss alone."""
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Counts for the metrics of an epoch, ``measured_steps`` among them."""
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step; the closure may be called several times."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, the optimizer's state among it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+class Objective(Protocol):
+    """What a stage minimises and how it is judged, in place of the cross-entropy with labels."""
+
+    def begin(self, model: nn.Module, epoch: int) -> None:
+        """An epoch, from 0, begins; also after a resume in it."""
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+        """The images of a batch as the model sees them, and its target."""
+
+    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+        """The loss of the model's output, a scalar."""
+
+    def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
+        """Test accuracy, and more for the metrics of the epoch."""
 
 
 def seed_process(*entropy: int) -> None:
@@ -199,9 +231,13 @@ class Loop:
             state = {"stage": stage, "arm": "", "world": world, "results": self.results}
             self.folder.checkpoint(model, state)
 
-    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_device(
+        self, images: Tensor, labels: Tensor, objective: Objective | None = None
+    ) -> tuple[Tensor, Any]:
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if objective is not None:
+            return objective.mix(images, labels)
         if self._mixup is not None:
             images, labels = self._mixup(images, labels)
         return images, labels
@@ -233,7 +269,8 @@ class Loop:
         state: dict[str, Any] | None = None,
         teachers: Teachers | None = None,
         after_update: Callable[[], None] | None = None,
-        measured: Callable[[Any, nn.Module], FOGZO] | None = None,
+        measured: Callable[[Any, nn.Module], Stepper] | None = None,
+        objective: Objective | None = None,
     ) -> Accuracy:
         """Train ``model`` through ``stage``.
 
@@ -246,6 +283,7 @@ class Loop:
                 something is removed.
             after_update: called after each optimizer update.
             measured: makes, of the optimizer and the model as processes share it, what takes the steps.
+            objective: in place of labels and teachers.
 
         Returns:
             Test accuracy at the end of the stage.
@@ -273,8 +311,9 @@ class Loop:
         if teachers is not None:
             teachers.attach(model, True)
         running = _Running(
-            stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress, after_update, steps
-        )
+            stage, wrapped, model, optimizer, scheduler, pruner, teachers, progress, after_update, steps,
+            objective,
+        )  # fmt: skip
         if state is None:
             self._save(running)
         accuracy: Accuracy | None = None
@@ -285,7 +324,7 @@ class Loop:
             state = None
         if teachers is not None:
             teachers.attach(model, False)
-        accuracy = accuracy or evaluate(model, self.data, s, accelerator)
+        accuracy = accuracy or self._examine(running)[0]
         # Takes accelerate's autocast wrapper off the model's forward, so the next stage can put its own on.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         accelerator.free_memory()
@@ -304,6 +343,8 @@ class Loop:
         else:
             seed_process(*entropy, accelerator.process_index)
         running.train()
+        if running.objective is not None:
+            running.objective.begin(running.model, epoch)
         try:
             for loss in self._steps(running):
                 loss_sum += loss
@@ -325,18 +366,23 @@ class Loop:
                 f"the loss became {mean_loss} in {stage.name} epoch {epoch + 1}. Lower the learning rate "
                 f"(now {stage.lr:g}), set --set clip_grad=1, or use --amp bf16 in place of fp16."
             )
-        accuracy = evaluate(running.model, self.data, s, accelerator)
-        self._report_epoch(running, epoch, title, mean_loss, accuracy, time.perf_counter() - started)
+        accuracy, more = self._examine(running)
+        self._report_epoch(running, epoch, title, mean_loss, accuracy, time.perf_counter() - started, more)
         running.progress.next_epoch(epoch + 1)
         self._save(running)
         if signum := self._stop_signal(0):
             self._leave(signum)
         return accuracy
 
+    def _examine(self, running: _Running) -> tuple[Accuracy, dict[str, Any]]:
+        if running.objective is not None:
+            return running.objective.examine(running.model)
+        return evaluate(running.model, self.data, self.settings, self.accelerator), {}
+
     def _steps(self, running: _Running) -> Iterator[Tensor]:
         accelerator, optimizer, pruner = self.accelerator, running.optimizer, running.pruner
         for images, labels in self.loader:
-            images, labels = self._on_device(images, labels)
+            images, labels = self._on_device(images, labels, running.objective)
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)
@@ -355,11 +401,14 @@ class Loop:
                         optimizer.zero_grad()
             yield loss.detach()
 
-    def _measure(self, steps: FOGZO, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
+    def _measure(self, steps: Stepper, running: _Running, images: Tensor, labels: Any) -> Tensor:
         return steps.step(lambda: self._objective(running, images, labels).float())
 
-    def _objective(self, running: _Running, images: Tensor, labels: Tensor) -> Tensor:
+    def _objective(self, running: _Running, images: Tensor, labels: Any) -> Tensor:
         output, teachers = running.wrapped(images), running.teachers
+        if running.objective is not None:
+            with self.accelerator.autocast():
+                return running.objective.loss(output, images, labels)
         if teachers is None:
             return self.loss(output, labels)
         with self.accelerator.autocast():
@@ -391,7 +440,14 @@ class Loop:
             self.folder.log("prune", updates=running.progress.updates + 1, **shares, dims=report["dims"])
 
     def _report_epoch(
-        self, running: _Running, epoch: int, title: str, loss: float, accuracy: Accuracy, seconds: float
+        self,
+        running: _Running,
+        epoch: int,
+        title: str,
+        loss: float,
+        accuracy: Accuracy,
+        seconds: float,
+        more: dict[str, Any],
     ) -> None:
         values: dict[str, Any] = {
             "stage": running.stage.name,
@@ -402,6 +458,7 @@ class Loop:
             "train_loss": loss,
             "top1": accuracy.top1,
             "class_mean": accuracy.class_mean,
+            **more,
         }
         left = ""
         if running.pruner is not None:
@@ -467,7 +524,7 @@ class Loop:
         self.folder.checkpoint(running.model, state)
 
 
-def _without_optimizer(measured: FOGZO | None) -> dict[str, Any] | None:
+def _without_optimizer(measured: Stepper | None) -> dict[str, Any] | None:
     """Its state but the optimizer's, which is saved anyway."""
     if measured is None:
         return None
@@ -500,7 +557,8 @@ class _Running:
     teachers: Teachers | None
     progress: _Progress
     after_update: Callable[[], None] | None = None
-    measured: FOGZO | None = None
+    measured: Stepper | None = None
+    objective: Objective | None = None
 
     @property
     def pruned(self) -> bool:

@@ -92,14 +92,34 @@ def for_data(settings: Settings, data: Data) -> tuple[nn.Module, str]:
             arguments["drop_path_rate"] = settings.drop_path
         torch.manual_seed(settings.seed)
         model = create(settings.model, settings.pretrained, **arguments)
-        if data.in_chans is not None and not hasattr(model, "patch_embed"):
-            # A network without patches takes any size; what timm trained it for is not this data's.
-            shape = tuple(data.train[0, None][0].shape)
-            known: Any = model
-            known.pretrained_cfg = known.default_cfg = {**known.pretrained_cfg, "input_size": shape}
+        take_size_of(data, model)
         origin = PRETRAINED if settings.pretrained else RANDOM
     check_fit(model, settings.model, data)
     return model, origin
+
+
+def take_size_of(data: Data, model: nn.Module) -> None:
+    """Let a network without patches, which takes any size, take that of ``data`` in memory as its own."""
+    if data.in_chans is not None and not hasattr(model, "patch_embed"):
+        known: Any = model
+        shape = tuple(data.train[0, None][0].shape)
+        known.pretrained_cfg = known.default_cfg = {**known.pretrained_cfg, "input_size": shape}
+
+
+def trained(name: str, data: Data, flag: str, otherwise: str) -> nn.Module:
+    """The trained network ``name``, a file or a timm name with pretrained weights, given with ``flag``.
+
+    Raises:
+        UserError: it is not there, or has other classes than ``data``; then ``otherwise`` says what to do.
+    """
+    model = load_file(name, flag) if is_file(name) else create(name, True, flag)
+    classes = getattr(model, "num_classes", data.num_classes)
+    if classes != data.num_classes:
+        raise UserError(
+            f"{flag} {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
+            + otherwise
+        )
+    return model
 
 
 def check_fit(model: nn.Module, name: str, data: Data) -> None:
@@ -163,6 +183,15 @@ def check_quantization(model: nn.Module, settings: Settings) -> None:
     if settings.estimator != "ste" and settings.amp == "fp16":
         raise UserError("--amp fp16 goes with --estimator ste only; use --amp bf16 or no.")
     quantise(copy.deepcopy(model), settings)
+
+
+def check_heads(model: nn.Module, settings: Settings) -> None:
+    """Raise UserError unless ``model`` has two heads."""
+    if not hasattr(model, "set_distilled_training") or not hasattr(model, "head_dist"):
+        names = ", ".join(timm.list_models("deit_*distilled*")[:3])
+        raise UserError(
+            f"--model {settings.model} has no distillation token and head. Take one that has: {names}."
+        )
 
 
 def quantise(model: nn.Module, settings: Settings) -> None:

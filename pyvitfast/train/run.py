@@ -172,6 +172,8 @@ def _job(
                     models.check_quantization(model, settings)
                 elif verb == "grow":
                     models.check_growth(model, settings)
+                elif verb == "distill":
+                    models.check_heads(model, settings)
             if not resume:
                 folder.start(settings, overwrite)
                 threads = torch.get_num_threads()

@@ -25,6 +25,11 @@ COST_RULES = ("subtract", "divide")
 SCHEDULES = ("cosine", "tanh", "step", "poly", "none")
 GROUP_KINDS = ("embed", "head", "qk", "v", "mlp")
 
+WEIGHT_NORMS = ("batch", "classes", "global")
+TEACHER_LOSSES = ("ldam", "ce", "balanced_softmax")
+IMBALANCES = ("exp", "step")
+CROPS = ("rrc", "pad")
+
 # What the built-in data set wants instead of the general defaults; 1300 small images.
 DIGITS: dict[str, Any] = {
     "model": "vit_micro_patch2_8",
@@ -46,6 +51,20 @@ DIGITS: dict[str, Any] = {
 }
 
 
+# What ``distill`` wants there besides.
+DIGITS_DISTILL: dict[str, Any] = {
+    "model": "deit_micro_distilled_patch2_8",
+    "imbalance": 20.0,
+    "epochs": 60,
+    "teacher_model": "resnet20_cifar",
+    "teacher_epochs": 30,
+    "teacher_batch_size": 50,
+    "sam_rho": 0.02,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything a run depends on; names are timm's where timm has one.
@@ -58,7 +77,9 @@ class Settings:
         data_dir: where ``torch/`` and ``hfds/`` data sets are kept.
         download: fetch a ``torch/`` or ``hfds/`` data set that is missing.
         check_images: read every image file's header before the run.
-        imbalance: ratio of the largest to the smallest class of an exponential long tail; 1 keeps all.
+        imbalance: ratio of the largest to the smallest class of a long tail; 1 keeps all. The same images for
+            every seed.
+        imbalance_type: of class sizes: ``exp``, which fall exponentially, or ``step``, half of them small.
         epochs: epochs of training; of the dense model in ``prune``.
         batch_size: images in a step, over all processes.
         grad_accum_steps: steps whose gradients are added up for one optimizer update.
@@ -80,6 +101,8 @@ class Settings:
         color_jitter: colour jitter; images only.
         hflip: probability of a horizontal flip; images only.
         reprob: probability of random erasing; images only.
+        train_crop: of image files: ``rrc`` random resized crops, or ``pad`` crops of the whole padded by an
+            eighth.
         aug_repeats: times an image comes up in an epoch, augmented differently each time; an epoch keeps its
             length, so it sees that fraction of the images.
         seed: seed of weights, order, augmentation.
@@ -105,6 +128,24 @@ class Settings:
         kl_temperature: temperature of that divergence; None takes the preset's.
         cnn_teacher: timm name (with pretrained weights) or ``.safetensors`` file of a network whose most
             likely class is learnt too while pruning and finetuning.
+        teacher: of ``distill``: timm name (with pretrained weights) or ``.safetensors`` file of the network
+            whose labels the DIST head learns; None trains one.
+        teacher_model: timm name of that.
+        teacher_loss: ``ldam``, ``ce`` or ``balanced_softmax``.
+        teacher_epochs: epochs of the teacher.
+        teacher_batch_size: images in its steps, over all processes.
+        teacher_lr: its peak learning rate; SGD with momentum and a cosine.
+        teacher_weight_decay: its weight decay.
+        teacher_margin: largest margin of ``ldam``; its re-weighting begins after 4/5 of the epochs.
+        sam_rho: radius of SAM in the teacher's training; 0 is off.
+        teacher_size: side of the teacher's images in pixels; None takes what it was made for.
+        class_map: JSON list: the student's number of each of the teacher's classes; None for equal ones.
+        distill_alpha: share of the DIST head's loss.
+        drw_epoch: first epoch, from 0, whose DIST loss is weighted by class; None takes 11/12 of the epochs,
+            and a number of at least ``epochs`` is never.
+        drw_beta: of the effective number of images.
+        weight_norm: what weighted sums are divided by: ``batch``, ``classes`` or ``global``.
+        mixing_after_drw: keep mixup, cutmix and label smoothing from then on.
         weight_bits: bits of a quantised weight, 1 to 8.
         activation_bits: bits of the inputs of quantised layers; None leaves them.
         granularity: what shares a scale: ``tensor``, ``channel`` or ``group``.
@@ -142,6 +183,7 @@ class Settings:
     download: bool = False
     check_images: bool = True
     imbalance: float = 1.0
+    imbalance_type: str = "exp"
     epochs: int = 100
     batch_size: int = 128
     grad_accum_steps: int = 1
@@ -163,6 +205,7 @@ class Settings:
     color_jitter: float = 0.4
     hflip: float = 0.5
     reprob: float = 0.0
+    train_crop: str = "rrc"
     aug_repeats: int = 1
     seed: int = 0
     device: str = "auto"
@@ -184,6 +227,22 @@ class Settings:
     kl_weight: float | None = None
     kl_temperature: float | None = None
     cnn_teacher: str | None = None
+    teacher: str | None = None
+    teacher_model: str = "resnet32_cifar"
+    teacher_loss: str = "ldam"
+    teacher_epochs: int = 200
+    teacher_batch_size: int = 128
+    teacher_lr: float = 0.1
+    teacher_weight_decay: float = 2e-4
+    teacher_margin: float = 0.5
+    sam_rho: float = 0.8
+    teacher_size: int | None = None
+    class_map: str | None = None
+    distill_alpha: float = 0.5
+    drw_epoch: int | None = None
+    drw_beta: float = 0.9999
+    weight_norm: str = "batch"
+    mixing_after_drw: bool = False
     weight_bits: int = 4
     activation_bits: int | None = None
     granularity: str = "channel"
@@ -251,6 +310,19 @@ class Settings:
             self.quantization()
         except ValueError as error:
             raise UserError(str(error).replace("QuantConfig: ", "")) from error
+        self._one_of("imbalance_type", IMBALANCES)
+        self._one_of("train_crop", CROPS)
+        self._one_of("teacher_loss", TEACHER_LOSSES)
+        self._one_of("weight_norm", WEIGHT_NORMS)
+        for name in ("teacher_epochs", "teacher_weight_decay", "sam_rho"):
+            self._need(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("teacher_lr", "teacher_margin"):
+            self._need(name, "a positive number", getattr(self, name) > 0)
+        self._need("teacher_batch_size", "at least 1", self.teacher_batch_size >= 1)
+        self._need("teacher_size", "at least 1", self.teacher_size is None or self.teacher_size >= 1)
+        self._need("distill_alpha", "between 0 and 1", 0 <= self.distill_alpha <= 1)
+        self._need("drw_beta", "at least 0 and below 1", 0 <= self.drw_beta < 1)
+        self._need("drw_epoch", "at least 0", self.drw_epoch is None or self.drw_epoch >= 0)
         self._one_of("cost_rule", COST_RULES)
         self._need("eta", "at least 0", self.eta is None or self.eta >= 0)
         self._need("eta", "0 with --cost-rule divide", not self.eta or self.cost_rule == "subtract")
@@ -403,11 +475,14 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def resolve(
-    config: Path | None = None, assignments: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    config: Path | None = None,
+    assignments: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    verb: str = "",
 ) -> Settings:
     """Settings from their sources; later ones win: defaults, data recipe, YAML file, ``--set``, flags.
 
-    The data recipe holds the values that suit the built-in ``digits`` data set.
+    The data recipe holds the values that suit the built-in ``digits`` data set and the ``verb``.
 
     Raises:
         UserError: an unknown key, a bad value, or no model for data other than ``digits``.
@@ -418,7 +493,8 @@ def resolve(
         check_keys(given, f"--config {config}")
     given.update(parse_assignments(assignments))
     given.update({key: value for key, value in (flags or {}).items() if value is not None})
-    recipe = dict(DIGITS) if given.get("data", "digits") == "digits" else {}
+    digits = DIGITS | (DIGITS_DISTILL if verb == "distill" else {})
+    recipe = dict(digits) if given.get("data", "digits") == "digits" else {}
     if given.get("model", DIGITS["model"]) != DIGITS["model"]:
         # The group sizes belong to the micro model's widths.
         recipe.pop("group_sizes", None)

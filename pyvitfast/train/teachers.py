@@ -76,17 +76,13 @@ def open_cnn(settings: Settings, data: Data, student: nn.Module) -> nn.Module | 
     name = settings.cnn_teacher
     if name is None:
         return None
+    teacher = models.trained(
+        name,
+        data,
+        "--cnn-teacher",
+        "Train one on it (pyvitfast train --model resnet18 --data ...) and give its model.safetensors.",
+    )
     flag = f"--cnn-teacher {name}"
-    if models.is_file(name):
-        teacher = models.load_file(name, flag="--cnn-teacher")
-    else:
-        teacher = models.create(name, True, flag="--cnn-teacher")
-    classes = getattr(teacher, "num_classes", data.num_classes)
-    if classes != data.num_classes:
-        raise UserError(
-            f"{flag} tells {classes} classes apart, --data {data.name} has {data.num_classes}. Train one on "
-            "it (pyvitfast train --model resnet18 --data ...) and give its model.safetensors."
-        )
     chans, side = input_channels(student), image_size(student)
     try:
         with torch.no_grad():

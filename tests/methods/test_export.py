@@ -181,6 +181,20 @@ def test_missing_packages(micro, tmp_path, monkeypatch):
         export(micro(), tmp_path / "m.onnx")
 
 
+class AdaptiveMax(torch.nn.Module):
+    """A layer that torch's ONNX exporter has no form of."""
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_max_pool2d(x, 3)
+
+
+def test_what_onnx_has_not_is_named(micro, tmp_path):
+    model = micro().eval()
+    model.patch_embed.proj = torch.nn.Sequential(model.patch_embed.proj, AdaptiveMax(), torch.nn.Upsample(4))
+    with pytest.raises(NotImplementedError, match=r"aten.adaptive_max_pool2d has no form .* \.pt2 instead"):
+        module._onnx(model, torch.zeros(1, 1, 8, 8), None)
+
+
 def test_without_onnxruntime_the_report_says_what_was_not_checked(micro, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(

@@ -224,6 +224,9 @@ def grown(op, size):
     if op == "semantic_pool_attention":
         # Few enough queries for the absorbed form at all sizes.
         return (torch.randn(size, 1, 8), torch.randn(size, 20, 8), *torch.randn(4, 8, 8)), {"num_heads": 2}
+    if op == "two_head_loss":
+        labels = torch.zeros(size, dtype=torch.int64)
+        return (torch.randn(size, 6), torch.randn(size, 6), labels, labels), {}
     if op == "adaptive_window_pool":
         return (torch.randn(size, 6, 7, 4), (3, 3), "learned", torch.randn(size, 9, 2, 3)), {}
     if op == "few_query_attention":

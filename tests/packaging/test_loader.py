@@ -147,6 +147,7 @@ calls = {
     'scaled_sqnorm': ([w], [x]), 'fake_quantize': ([w], [x]),
     'spsa_perturb': ([w], [w], [x], x), 'spsa_update_': ([w], [x], x, x),
     'adaptive_window_pool': (w[None, None], (1, 1)),
+    'two_head_loss': (w, w, i[:1], i[:1]),
     'semantic_pool_attention': (w[None], w[None], *[torch.eye(3)] * 4),
     'kron_grow': (w[None, None], torch.eye(3), torch.eye(2), torch.ones(1, 1, 1)),
     'tensor_ring_grow': [torch.ones(1, 1, 1, 1)] * 5,
@@ -316,6 +317,9 @@ class TestLaunchPlan:
             ("linear_cross_attention", (196, 384), (7, 4, 256, 4 * (28 * 384 + 6 * 19 + 16), 4 * 209 * 384)),
             # A grid of 14 by 14 in 4 by 4 bins: 16 x 384 sums, four a thread.
             ("adaptive_window_pool", (14, 384), (1, 12, 128, 0, 4 * 384 * (14 * 14 + 16))),
+            # A warp a row, 8 rows a block; above 1024 classes a block a row.
+            ("two_head_loss", (128, 1000), (2, 16, 256, 0, 8 * 128 * 1000)),
+            ("two_head_loss", (128, 8142), (2, 128, 256, 0, 8 * 128 * 8142)),
             # 16 queries with 6 heads in tiles of 16 rows, tokens in 4 splits of 64 and less.
             (
                 "semantic_pool_attention",

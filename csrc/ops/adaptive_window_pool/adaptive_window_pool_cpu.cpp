@@ -55,28 +55,57 @@ static void weigh(const WindowPool& p, int64_t image, int64_t bin) {
     }
 }
 
+PVF_INLINE Floats load_sums(Type<float>, const auto* from) { return load_floats(from); }
+PVF_INLINE Doubles load_sums(Type<double>, const auto* from) { return load_doubles(from); }
+
+// A weighted sum of rows at channels first to first + count: each_row calls f(row, weight).
+// A whole task's channels stay in registers.
+template <typename A, typename T, typename EachRow>
+PVF_INLINE void weighted_sum(int64_t first, int64_t count, T* out, A scale,
+                             const EachRow& each_row) {
+    if (count == kWindowPoolChannels) {
+        constexpr int kVectors = kWindowPoolChannels / kLanes;
+        decltype(load_sums(Type<A>{}, out)) sums[kVectors] = {};
+        each_row([&](const T* row, A weight) {
+            for (int v = 0; v < kVectors; ++v) {
+                sums[v] += weight * load_sums(Type<A>{}, row + first + v * kLanes);
+            }
+        });
+        for (int v = 0; v < kVectors; ++v) {
+            for (int lane = 0; lane < kLanes; ++lane) {
+                out[first + v * kLanes + lane] = from_float<T>(sums[v][lane] * scale);
+            }
+        }
+        return;
+    }
+    A sums[kWindowPoolChannels] = {};
+    each_row([&](const T* row, A weight) {
+        for (int64_t c = 0; c < count; ++c) {
+            sums[c] += weight * static_cast<A>(to_float(row[first + c]));
+        }
+    });
+    for (int64_t c = 0; c < count; ++c) {
+        out[first + c] = from_float<T>(sums[c] * scale);
+    }
+}
+
 template <typename A, typename T>
 static void add_up(const WindowPool& p, int64_t image, int64_t bin, int64_t first, int64_t count) {
     const Window window = pooling::window_of(p, bin);
-    A sums[kWindowPoolChannels] = {};
-    const A mean = A(1) / static_cast<A>(window.area());
-    for (int64_t row = window.rows.begin; row < window.rows.end; ++row) {
-        for (int64_t col = window.cols.begin; col < window.cols.end; ++col) {
-            const T* cell = cell_of<T>(p, image, row, col) + first;
-            const A weight =
-                p.mode == PoolMode::kAverage
-                    ? A(1)
-                    : static_cast<const A*>(
-                          p.weights)[pooling::weight_at(p, image, bin, window, row, col)];
-            for (int64_t c = 0; c < count; ++c) {
-                sums[c] += weight * static_cast<A>(to_float(cell[c]));
-            }
-        }
-    }
-    T* out = static_cast<T*>(p.out) + (image * p.bins() + bin) * p.channels + first;
-    for (int64_t c = 0; c < count; ++c) {
-        out[c] = from_float<T>(p.mode == PoolMode::kAverage ? sums[c] * mean : sums[c]);
-    }
+    const bool average = p.mode == PoolMode::kAverage;
+    const A* weights = static_cast<const A*>(p.weights);
+    T* out = static_cast<T*>(p.out) + (image * p.bins() + bin) * p.channels;
+    weighted_sum(first, count, out, average ? A(1) / static_cast<A>(window.area()) : A(1),
+                 [&](const auto& f) {
+                     for (int64_t row = window.rows.begin; row < window.rows.end; ++row) {
+                         for (int64_t col = window.cols.begin; col < window.cols.end; ++col) {
+                             f(cell_of<T>(p, image, row, col),
+                               average
+                                   ? A(1)
+                                   : weights[pooling::weight_at(p, image, bin, window, row, col)]);
+                         }
+                     }
+                 });
 }
 
 template <typename A, typename T>
@@ -133,36 +162,41 @@ static void spread_cell(const WindowPool& p, int64_t image, int64_t row, int64_t
                         int64_t count) {
     const BinSpan rows = bins_of_cell(row, p.height, p.rows);
     const BinSpan cols = bins_of_cell(col, p.width, p.cols);
-    const int32_t place = static_cast<int32_t>(row * p.width + col);
-    A sums[kWindowPoolChannels] = {};
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-        for (int64_t j = cols.begin; j < cols.end; ++j) {
-            const int64_t bin = i * p.cols + j;
-            const int64_t begin = (image * p.bins() + bin) * p.channels + first;
-            const T* grad = static_cast<const T*>(p.grad) + begin;
-            if (p.mode == PoolMode::kMax) {
-                for (int64_t c = 0; c < count; ++c) {
-                    const A value = static_cast<A>(to_float(grad[c]));
-                    sums[c] += p.places[begin + c] == place ? value : A(0);
-                }
-                continue;
-            }
-            const Window window = pooling::window_of(p, bin);
-            const A weight =
-                p.mode == PoolMode::kAverage
-                    ? A(1) / static_cast<A>(window.area())
-                    : static_cast<const A*>(
-                          p.weights)[pooling::weight_at(p, image, bin, window, row, col)];
-            for (int64_t c = 0; c < count; ++c) {
-                sums[c] += weight * static_cast<A>(to_float(grad[c]));
+    const T* grads = static_cast<const T*>(p.grad) + image * p.bins() * p.channels;
+    T* out = static_cast<T*>(p.grad_x) + ((image * p.height + row) * p.width + col) * p.channels;
+    const auto each_bin = [&](const auto& f) {
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+            for (int64_t j = cols.begin; j < cols.end; ++j) {
+                f(i * p.cols + j);
             }
         }
+    };
+    if (p.mode == PoolMode::kMax) {
+        const int32_t place = static_cast<int32_t>(row * p.width + col);
+        const int32_t* places = p.places + image * p.bins() * p.channels;
+        A sums[kWindowPoolChannels] = {};
+        each_bin([&](int64_t bin) {
+            const int64_t begin = bin * p.channels + first;
+            for (int64_t c = 0; c < count; ++c) {
+                const A value = static_cast<A>(to_float(grads[begin + c]));
+                sums[c] += places[begin + c] == place ? value : A(0);
+            }
+        });
+        for (int64_t c = 0; c < count; ++c) {
+            out[first + c] = from_float<T>(sums[c]);
+        }
+        return;
     }
-    T* out =
-        static_cast<T*>(p.grad_x) + ((image * p.height + row) * p.width + col) * p.channels + first;
-    for (int64_t c = 0; c < count; ++c) {
-        out[c] = from_float<T>(sums[c]);
-    }
+    weighted_sum(first, count, out, A(1), [&](const auto& f) {
+        each_bin([&](int64_t bin) {
+            const Window window = pooling::window_of(p, bin);
+            f(grads + bin * p.channels,
+              p.mode == PoolMode::kAverage
+                  ? A(1) / static_cast<A>(window.area())
+                  : static_cast<const A*>(
+                        p.weights)[pooling::weight_at(p, image, bin, window, row, col)]);
+        });
+    });
 }
 
 static void spread(const WindowPool& p, int64_t image, int64_t row) {

@@ -1,0 +1,223 @@
+#include "ops/two_head_loss/two_head_loss.h"
+
+#include <tuple>
+
+#include "adaptor.h"
+
+namespace pyvitfast {
+
+#if PVF_CPU_KERNELS
+PVF_DECLARE_CPU_KERNELS(TwoHeadLossCpu, two_head_loss_cpu)
+#else
+const char* two_head_loss_cuda(const TwoHeadLoss& p, void* stream);
+const char* two_head_loss_backward_cuda(const TwoHeadLoss& p, void* stream);
+#endif
+
+namespace {
+
+constexpr const char* kName = "two_head_loss";
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Without a trip through the dispatcher where there is nothing to do.
+Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// On CUDA a label out of range is the kernels' affair: looking would wait for the device.
+Tensor dense_labels(const Tensor& labels, const char* name, int64_t rows,
+                    [[maybe_unused]] int64_t classes) {
+    STD_TORCH_CHECK(
+        labels.dim() == 1 && labels.size(0) == rows && labels.scalar_type() == DType::Long, kName,
+        ": ", name, " must be int64, one a row");
+    const Tensor whole = dense(labels);
+#if PVF_CPU_KERNELS
+    const auto* values = static_cast<const int64_t*>(whole.data_ptr());
+    for (int64_t i = 0; i < rows; ++i) {
+        STD_TORCH_CHECK(values[i] >= 0 && values[i] < classes, kName, ": ", name,
+                        " must be classes from 0 to ", classes - 1, ", got ", values[i], " in row ",
+                        i);
+    }
+#endif
+    return whole;
+}
+
+// What forward and backward share; `held` keeps the copies alive.
+TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
+                  const MaybeTensor& weights, const MaybeTensor& partners, const MaybeTensor& lam,
+                  double alpha, double smoothing, TensorList& held) {
+    STD_TORCH_CHECK(cls.dim() == 2 && dist.dim() == 2 && cls.size(0) == dist.size(0) &&
+                        cls.size(1) == dist.size(1) && cls.size(1) >= 1,
+                    kName, ": both logits must have one shape [B, C], C at least 1");
+    STD_TORCH_CHECK(cls.scalar_type() == dist.scalar_type(), kName,
+                    ": both logits must have one dtype");
+    STD_TORCH_CHECK(cls.size(1) < (int64_t{1} << 31), kName, ": too many classes");
+    TwoHeadLoss p{};
+    p.type = float_type(kName, cls);
+    p.rows = cls.size(0);
+    p.classes = cls.size(1);
+    p.alpha = alpha;
+    p.smoothing = smoothing;
+    const auto keep = [&](const Tensor& tensor) {
+        held.push_back(tensor);
+        return held.back().data_ptr();
+    };
+    const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
+    const auto sums = [&](const Tensor& tensor, const char* name) {
+        STD_TORCH_CHECK(tensor.scalar_type() == wide, kName, ": ", name,
+                        " must be float32, or float64 beside float64 logits");
+        return keep(dense(tensor));
+    };
+    p.cls = keep(with_dense_rows(cls));
+    p.cls_stride = row_stride(held.back());
+    p.dist = keep(with_dense_rows(dist));
+    p.dist_stride = row_stride(held.back());
+    p.labels = static_cast<const int64_t*>(keep(dense_labels(labels, "labels", p.rows, p.classes)));
+    if (weights.has_value()) {
+        STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == p.classes, kName,
+                        ": weights must have an entry a class");
+        p.weights = sums(*weights, "weights");
+    }
+    STD_TORCH_CHECK(partners.has_value() == lam.has_value(), kName,
+                    ": partners and lam go together");
+    if (partners.has_value()) {
+        p.partners = static_cast<const int64_t*>(
+            keep(dense_labels(*partners, "partners", p.rows, p.classes)));
+        STD_TORCH_CHECK(lam->numel() == 1 || (lam->dim() == 1 && lam->size(0) == p.rows), kName,
+                        ": lam must be one number or one a row");
+        p.lam = sums(*lam, "lam");
+        p.lam_step = lam->dim() == 1 && lam->size(0) == p.rows ? 1 : 0;
+    }
+    return p;
+}
+
+#if PVF_CPU_KERNELS
+template <typename F>
+void for_rows(const TwoHeadLoss& p, const F& f) {
+    const int64_t grain = std::max<int64_t>(1, 8192 / p.classes);
+    torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            f(row);
+        }
+    });
+}
+#endif
+
+// loss, cls_loss, dist_loss, the teacher's labels; for the backward pass peaks and logarithms of
+// sums [4, B], and what the weighted sum was divided by.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
+    Tensor cls, Tensor dist, Tensor labels, Tensor teacher, MaybeTensor weights,
+    MaybeTensor partners, MaybeTensor lam, MaybeTensor divisor, double alpha, double smoothing) {
+    TensorList held;
+    TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
+    const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
+    const int64_t width = p.type == FloatType::kFloat64 ? 8 : 4;
+    const bool logits = teacher.dim() == 2;
+    const Tensor chosen = empty_quickly(cls, {p.rows}, DType::Long);
+    if (logits) {
+        STD_TORCH_CHECK(teacher.size(0) == p.rows && teacher.size(1) == p.classes, kName,
+                        ": teacher logits must have the shape of the others");
+        p.teacher_type = float_type(kName, teacher);
+        held.push_back(with_dense_rows(teacher));
+        p.teacher = held.back().data_ptr();
+        p.teacher_stride = row_stride(held.back());
+    } else {
+        const Tensor given = dense_labels(teacher, "teacher", p.rows, p.classes);
+        Tensor copy = chosen;
+        torch::stable::copy_(copy, given);
+    }
+    if (divisor.has_value()) {
+        STD_TORCH_CHECK(divisor->numel() == 1 && divisor->scalar_type() == wide, kName,
+                        ": divisor must be one number of the dtype of sums");
+        held.push_back(dense(*divisor));
+        p.divisor = held.back().data_ptr();
+    }
+    const Tensor stats = empty_quickly(cls, {4, p.rows}, wide);
+    const Tensor parts = empty_quickly(cls, {3, p.rows}, wide);
+    const Tensor loss = empty_quickly(cls, {}, wide);
+    const Tensor cls_loss = empty_quickly(cls, {}, wide);
+    const Tensor dist_loss = empty_quickly(cls, {}, wide);
+    const Tensor total = empty_quickly(cls, {}, wide);
+    p.chosen = static_cast<int64_t*>(chosen.data_ptr());
+    p.peaks = stats.data_ptr();
+    p.log_sums = static_cast<char*>(stats.data_ptr()) + 2 * p.rows * width;
+    p.parts = parts.data_ptr();
+    p.loss = loss.data_ptr();
+    p.cls_loss = cls_loss.data_ptr();
+    p.dist_loss = dist_loss.data_ptr();
+    p.total = total.data_ptr();
+#if PVF_CPU_KERNELS
+    const auto& kernels = PVF_CPU_KERNELS_OF(two_head_loss_cpu);
+    for_rows(p, [&](int64_t row) { kernels.row(p, row); });
+    kernels.finish(p);
+#else
+    check_grid(kName, two_head_loss_blocks(p.rows, p.classes));
+    LaunchScope scope(cls);
+    check_launch(kName, two_head_loss_cuda(p, scope.stream()));
+#endif
+    return {loss, cls_loss, dist_loss, chosen, stats, total};
+}
+
+std::tuple<Tensor, Tensor> two_head_loss_backward(Tensor grad, Tensor grad_c, Tensor grad_d,
+                                                  Tensor cls, Tensor dist, Tensor labels,
+                                                  Tensor chosen, Tensor stats, Tensor total,
+                                                  MaybeTensor weights, MaybeTensor partners,
+                                                  MaybeTensor lam, double alpha, double smoothing) {
+    TensorList held;
+    TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
+    const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
+    for (const Tensor* scalar : {&grad, &grad_c, &grad_d, &total}) {
+        STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == wide, kName,
+                        ": gradients of losses must be single numbers of the dtype of sums");
+    }
+    STD_TORCH_CHECK(
+        stats.numel() == 4 * p.rows && stats.is_contiguous() && stats.scalar_type() == wide, kName,
+        ": statistics must be those of the forward pass");
+    const Tensor found = dense_labels(chosen, "teacher", p.rows, p.classes);
+    const Tensor grad_cls = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
+    const Tensor grad_dist = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
+    p.chosen = static_cast<int64_t*>(found.data_ptr());
+    p.peaks = stats.data_ptr();
+    p.log_sums =
+        static_cast<char*>(stats.data_ptr()) + 2 * p.rows * (p.type == FloatType::kFloat64 ? 8 : 4);
+    p.total = total.data_ptr();
+    p.grad = grad.data_ptr();
+    p.grad_c = grad_c.data_ptr();
+    p.grad_d = grad_d.data_ptr();
+    p.grad_cls = grad_cls.data_ptr();
+    p.grad_dist = grad_dist.data_ptr();
+    if (p.rows == 0) {
+        return {grad_cls, grad_dist};
+    }
+#if PVF_CPU_KERNELS
+    const auto& kernels = PVF_CPU_KERNELS_OF(two_head_loss_cpu);
+    for_rows(p, [&](int64_t row) { kernels.grads(p, row); });
+#else
+    check_grid(kName, two_head_loss_blocks(p.rows, p.classes));
+    LaunchScope scope(cls);
+    check_launch(kName, two_head_loss_backward_cuda(p, scope.stream()));
+#endif
+    return {grad_cls, grad_dist};
+}
+
+}  // namespace
+}  // namespace pyvitfast
+
+#if PVF_DEFINES_SCHEMAS
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
+    m.def(
+        "two_head_loss(Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher, "
+        "Tensor? weights, Tensor? partners, Tensor? lam, Tensor? divisor, float alpha, float "
+        "smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "two_head_loss_backward(Tensor grad, Tensor grad_cls_loss, Tensor grad_dist_loss, Tensor "
+        "cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher_labels, Tensor statistics, "
+        "Tensor total, Tensor? weights, Tensor? partners, Tensor? lam, float alpha, float "
+        "smoothing) -> (Tensor, Tensor)");
+}
+#endif
+
+PVF_IMPL(m) {
+    m.impl("two_head_loss", TORCH_BOX(&pyvitfast::two_head_loss));
+    m.impl("two_head_loss_backward", TORCH_BOX(&pyvitfast::two_head_loss_backward));
+}

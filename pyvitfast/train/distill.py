@@ -1,0 +1,432 @@
+"""The job of ``pyvitfast distill``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from pyvitfast import distill as methods
+from pyvitfast.models.checkpoint import load
+from pyvitfast.train import model as models
+from pyvitfast.train.data import (
+    Data,
+    EpochBatches,
+    check_batch_size,
+    image_size,
+    input_channels,
+    make_loader,
+    open_data,
+)
+from pyvitfast.train.errors import UserError
+from pyvitfast.train.folder import TEACHER
+from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
+from pyvitfast.train.run import Outcome, _Job, _job, _outcome
+from pyvitfast.train.settings import Settings
+
+# Parts of the epochs, as published for CIFAR: 1100 of 1200, and 160 of 200.
+STUDENT_DRW, TEACHER_DRW = 11 / 12, 4 / 5
+HEADS = ("cls", "dist", "avg")
+LOOKED_AT = 512  # test images for ranks and distances
+
+
+class TeacherObjective:
+    """A teacher's loss on plain labels.
+
+    Args:
+        loss: of logits and labels; told the epoch if it wants to know.
+        evaluate: its test accuracy.
+    """
+
+    def __init__(self, loss: nn.Module, evaluate: Callable[[nn.Module], Accuracy]) -> None:
+        self._loss, self._evaluate = loss, evaluate
+
+    def begin(self, model: nn.Module, epoch: int) -> None:
+        """Tell the loss the epoch."""
+        if isinstance(self._loss, methods.LDAMLoss):
+            self._loss.set_epoch(epoch)
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+        """As they are."""
+        return images, labels
+
+    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch."""
+        found: Tensor = self._loss(output, target)
+        return found
+
+    def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
+        """Test accuracy."""
+        return self._evaluate(model), {}
+
+
+class StudentObjective:
+    """DeiT-LT: labels for the CLS head, the teacher's for the DIST head, on the same images.
+
+    Args:
+        loss: of both heads.
+        teacher: gives the labels.
+        mixup: mixes a batch, or None.
+        examine: accuracy of each head.
+    """
+
+    def __init__(
+        self,
+        loss: methods.DeiTLTLoss,
+        teacher: methods.TeacherPipeline,
+        mixup: methods.PairedMixup | None,
+        examine: Callable[[nn.Module], tuple[Accuracy, dict[str, Any]]],
+    ) -> None:
+        self._loss, self._teacher, self._mixup, self._examine = loss, teacher, mixup, examine
+
+    def begin(self, model: nn.Module, epoch: int) -> None:
+        """The phase follows from the epoch alone."""
+        student: Any = model
+        student.set_distilled_training(True)
+        self._loss.set_epoch(epoch)
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+        """Mixed, where this epoch mixes."""
+        if self._mixup is None or not self._loss.mixes:
+            return images, labels
+        return self._mixup(images, labels)
+
+    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch."""
+        try:
+            labels = self._teacher(images)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        found: Tensor = self._loss(output, target, labels)
+        return found
+
+    def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
+        """Accuracy of the mean of both heads, and of each."""
+        return self._examine(model)
+
+
+class SharpnessAwareSteps:
+    """SAM as what takes the loop's steps: its closure is the loss alone.
+
+    Args:
+        optimizer: of the run.
+        rho: radius.
+        backward: accelerate's.
+    """
+
+    def __init__(self, optimizer: Any, rho: float, backward: Callable[[Tensor], None]) -> None:
+        self._sam, self._backward = methods.SAM(optimizer, rho), backward
+        self._steps = 0
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Steps taken and skipped."""
+        return {"measured_steps": self._steps, "skipped": self._sam.skipped}
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step of two passes."""
+
+        def passes() -> Tensor:
+            self._sam.zero_grad()
+            loss = closure()
+            self._backward(loss)
+            return loss
+
+        self._steps += 1
+        return self._sam.step(passes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts; the optimizer's state is kept by the loop."""
+        return {"steps": self._steps, "skipped": self._sam.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._steps, self._sam.skipped = state_dict["steps"], state_dict["skipped"]
+
+
+@torch.no_grad()
+def correct_by_class(
+    model: nn.Module, data: Data, settings: Settings, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Right answers of each head by class, and test images by class, int64 [C], over all processes."""
+    batches = EpochBatches(
+        data.test, settings.batch_size, 1, accelerator.process_index, accelerator.num_processes, shuffle=False
+    )
+    device, classes = accelerator.device, data.num_classes
+    right = {head: torch.zeros(classes, dtype=torch.long, device=device) for head in HEADS}
+    total = torch.zeros(classes, dtype=torch.long, device=device)
+    training = model.training
+    model.eval()
+    for images, labels in make_loader(batches, settings.workers, device.type == "cuda"):
+        labels = labels.to(device)
+        with accelerator.autocast():
+            logits = methods.head_logits(model, images.to(device, non_blocking=True))
+        total += labels.bincount(minlength=classes)
+        for head in HEADS:
+            hits = getattr(logits, head).argmax(1) == labels
+            right[head] += labels[hits].bincount(minlength=classes)
+    model.train(training)
+    return {head: accelerator.reduce(count, "sum") for head, count in right.items()}, accelerator.reduce(
+        total, "sum"
+    )
+
+
+def by_group(right: Tensor, total: Tensor, groups: Mapping[str, list[int]]) -> dict[str, float]:
+    """Accuracy in percent, over all images and as the mean over the classes of each group that are there."""
+    found = {"overall": 100 * float(right.sum() / total.sum())}
+    for name, members in groups.items():
+        there = [c for c in members if total[c] > 0]
+        if there:
+            found[name] = 100 * float((right[there] / total[there]).mean())
+    return found
+
+
+def examiner(job: _Job, groups: Mapping[str, list[int]]) -> Callable[[nn.Module], Any]:
+    """Accuracy of the mean of both heads, and of every head and group."""
+
+    def examine(model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
+        right, total = correct_by_class(model, job.data, job.settings, job.accelerator)
+        heads = {head: by_group(count, total, groups) for head, count in right.items()}
+        there = total > 0
+        class_mean = 100 * float((right["avg"][there] / total[there]).mean())
+        return Accuracy(heads["avg"]["overall"], class_mean), {"heads": heads}
+
+    return examine
+
+
+def class_map(settings: Settings, classes: int) -> list[int] | None:
+    """The numbers in the file of ``settings.class_map``.
+
+    Raises:
+        UserError: no such file, not a JSON list, or not a permutation of the classes.
+    """
+    if settings.class_map is None:
+        return None
+    flag = f"--class-map {settings.class_map}"
+    try:
+        numbers = json.loads(Path(settings.class_map).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}: no such file.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} must be a JSON list of class numbers: {error}.") from error
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+        raise UserError(f"{flag} must be a JSON list of class numbers, such as [1, 0, 2].")
+    try:
+        methods.checked_class_map(numbers, classes)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+    return numbers
+
+
+def student_loss(settings: Settings, counts: list[int]) -> methods.DeiTLTLoss:
+    """The loss of ``settings``.
+
+    Raises:
+        UserError: classes without images, or a norm that the loop cannot give.
+    """
+    s = settings
+    if s.weight_norm == "global" and s.grad_accum_steps > 1:
+        raise UserError(
+            "--set weight_norm=global needs the teacher's labels of all micro-batches of an update at once, "
+            f"not one after the other as with --grad-accum-steps {s.grad_accum_steps}. Use batch or classes."
+        )
+    start = round(STUDENT_DRW * s.epochs) if s.drw_epoch is None else s.drw_epoch
+    try:
+        return methods.DeiTLTLoss(
+            counts,
+            s.distill_alpha,
+            start,
+            beta=s.drw_beta,
+            smoothing=s.smoothing,
+            weight_norm=s.weight_norm,
+            mixing_after_drw=s.mixing_after_drw,
+        )
+    except ValueError as error:
+        raise UserError(f"--data {s.data}: {error}") from error
+
+
+def make_teacher(settings: Settings, data: Data) -> nn.Module:
+    """A teacher to be trained.
+
+    Raises:
+        UserError: it cannot be made, or not be trained so.
+    """
+    s = settings
+    arguments: dict[str, Any] = {"num_classes": data.num_classes}
+    if data.in_chans is not None:
+        arguments["in_chans"] = data.in_chans
+    cosine = s.teacher_loss == "ldam"
+    if cosine:
+        arguments["cosine"] = True
+        if not s.teacher_model.startswith("resnet") or not s.teacher_model.endswith("_cifar"):
+            raise UserError(
+                f"--teacher-model {s.teacher_model} has no cosine classifier, which ldam needs. "
+                "Take resnet32_cifar, another --teacher-loss, or a trained one by --teacher FILE."
+            )
+    if s.amp == "fp16" and s.sam_rho:
+        raise UserError(
+            "--amp fp16 does not go with SAM: a step it skips would leave the scale of the loss as it is. "
+            "Use --amp bf16, --sam-rho 0, or a trained one by --teacher FILE."
+        )
+    torch.manual_seed(s.seed)
+    cnn = models.create(s.teacher_model, flag="--teacher-model", **arguments)
+    models.take_size_of(data, cnn)
+    models.check_fit(cnn, s.teacher_model, data)
+    return cnn
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """What the teacher is trained with: SGD, weak augmentation, no mixing, one batch an update."""
+    s = settings
+    return replace(
+        s,
+        model=s.teacher_model,
+        img_size=None,
+        epochs=s.teacher_epochs,
+        batch_size=s.teacher_batch_size,
+        grad_accum_steps=1,
+        opt="momentum",
+        lr=s.teacher_lr,
+        weight_decay=s.teacher_weight_decay,
+        sched="cosine",
+        warmup_epochs=5 if s.teacher_epochs >= 50 else 0,
+        min_lr=0.0,
+        clip_grad=None,
+        smoothing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        drop_path=0.0,
+        aa=None,
+        color_jitter=0.0,
+        reprob=0.0,
+        train_crop="pad",
+        aug_repeats=1,
+        check_images=False,
+    )
+
+
+def train_teacher(job: _Job, counts: list[int]) -> None:
+    """Train the teacher and keep it in the folder."""
+    s = teacher_settings(job.settings)
+    data = open_data(s)
+    check_batch_size(data, s)
+    cnn = job.model if job.stage == "teacher" else make_teacher(job.settings, data)
+    data.fit_to(cnn, s)
+    drw = round(TEACHER_DRW * s.epochs)
+    losses: dict[str, Callable[[], nn.Module]] = {
+        "ldam": lambda: methods.LDAMLoss(counts, s.teacher_margin, drw_epoch=drw),
+        "ce": nn.CrossEntropyLoss,
+        "balanced_softmax": lambda: methods.BalancedSoftmaxLoss(counts),
+    }
+    accelerator = job.accelerator
+    loop = Loop(s, data, job.folder, accelerator, job.reporter, job.loop.stop)
+    loop.results = job.loop.results
+    accelerator.gradient_accumulation_steps = 1
+    objective = TeacherObjective(
+        losses[s.teacher_loss](), lambda model: evaluate(model, data, s, accelerator)
+    )
+
+    def sharpness_aware(optimizer: Any, wrapped: nn.Module) -> SharpnessAwareSteps:
+        return SharpnessAwareSteps(optimizer, s.sam_rho, accelerator.backward)
+
+    accuracy = loop.run(
+        Stage("teacher", s.lr, s.epochs),
+        cnn,
+        state=job.take_state(),
+        measured=sharpness_aware if s.sam_rho else None,
+        objective=objective,
+    )
+    accelerator.gradient_accumulation_steps = job.settings.grad_accum_steps
+    job.folder.save_model(cnn, TEACHER)
+    job.folder.log("teacher", top1=accuracy.top1, class_mean=accuracy.class_mean)
+
+
+def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Module:
+    """The network of ``settings.teacher``.
+
+    Raises:
+        UserError: it is not there, or does not fit the data.
+    """
+    name = settings.teacher or ""
+    cnn = models.trained(name, data, "--teacher", "Leave --teacher out to train one on this data.")
+    chans, theirs = input_channels(student), input_channels(cnn)
+    if chans != theirs:
+        raise UserError(
+            f"--teacher {name} takes images with {theirs} channels, but sees the student's, with {chans}."
+        )
+    return cnn
+
+
+def distill(
+    settings: Settings,
+    out: Path,
+    console: Console,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Train a teacher unless there is one, then a student with two heads that learns from it.
+
+    Arguments and errors are those of :func:`pyvitfast.train.run.train`.
+    """
+    with _job("distill", settings, out, resume, overwrite, given or {}, console) as job:
+        s, data, accelerator = job.settings, job.data, job.accelerator
+        student = models.for_data(s, data)[0] if job.stage == "teacher" else job.model
+        counts = torch.bincount(torch.tensor(data.train.labels), minlength=data.num_classes).tolist()
+        groups = methods.class_groups(counts)
+        # All that may refuse comes before hours of training.
+        loss, numbers = student_loss(s, counts), class_map(s, data.num_classes)
+        if job.stage in (None, "teacher"):
+            if s.teacher is None:
+                train_teacher(job, counts)
+            else:
+                job.folder.save_model(open_teacher(s, data, student), TEACHER)
+            accelerator.wait_for_everyone()
+        cnn = load(job.folder.path / TEACHER).to(accelerator.device).eval().requires_grad_(False)
+        data.fit_to(student, s)
+        mixup = None
+        if s.mixup > 0 or s.cutmix > 0:
+            mixup = methods.PairedMixup(s.mixup, s.cutmix, None, s.mixup_prob, s.mixup_switch_prob)
+        size = s.teacher_size or image_size(cnn)
+        objective = StudentObjective(
+            loss, methods.TeacherPipeline(cnn, size, class_map=numbers), mixup, examiner(job, groups)
+        )
+        accuracy = job.loop.run(
+            Stage("student", s.lr, s.epochs), student, state=job.take_state(), objective=objective
+        )
+        plain: Any = student
+        plain.set_distilled_training(False)
+        log_heads(job, student, counts, groups)
+        return _outcome(job, student, accuracy, None)
+
+
+def log_heads(job: _Job, student: nn.Module, counts: list[int], groups: Mapping[str, list[int]]) -> None:
+    """What the report draws: accuracy by head, group and class, ranks of both tokens, attention distances."""
+    right, total = correct_by_class(student, job.data, job.settings, job.accelerator)
+    if not job.folder.writes:
+        return
+    device = job.accelerator.device
+    images = torch.stack([job.data.test[i, None][0] for i in range(min(LOOKED_AT, len(job.data.test)))])
+    student.eval()
+    ranks = methods.feature_rank(student, [part.to(device) for part in torch.split(images, 64)])
+    distances = methods.attention_distance(student, images[:64].to(device))
+    heads = {head: by_group(count, total, groups) for head, count in right.items()}
+    there = total.clamp(min=1)
+    job.folder.log(
+        "heads",
+        accuracy=heads,
+        counts=counts,
+        by_class={head: (100 * count / there).tolist() for head, count in right.items()},
+        rank={"cls": ranks.cls, "dist": ranks.dist},
+        attention_distance=distances.tolist(),
+    )
+    for head, found in heads.items():
+        parts = "  ".join(f"{name} {value:.2f} %" for name, value in found.items())
+        job.reporter.say(f"{head.upper():4} {parts}")
