@@ -100,7 +100,8 @@ ClassMap = Annotated[
 ]
 DistillAlpha = Annotated[float | None, typer.Option(help="Share of the DIST head's loss.")]
 DrwEpoch = Annotated[
-    int | None, typer.Option(help="First epoch, from 0, weighted by class.  [default: 11/12 of them]")
+    int | None,
+    typer.Option(help="First epoch, from 0, weighted by class; --epochs is never.  [default: 11/12 of them]"),
 ]
 ImbalanceType = Annotated[str | None, typer.Option(help="exp or step.")]
 Compare = Annotated[

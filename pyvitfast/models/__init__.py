@@ -1,6 +1,6 @@
 """Models the methods give back, their checkpoints and their summary."""
 
-from pyvitfast.models import cifar_resnet  # noqa: F401  registers its models
+from pyvitfast.models import cifar_resnet, cosine_resnet  # noqa: F401  registers their models
 from pyvitfast.models.accelerate import AccelerateReport, accelerate
 from pyvitfast.models.accounting import full_params, paper_macs, paper_params
 from pyvitfast.models.checkpoint import load, save

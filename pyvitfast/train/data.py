@@ -222,6 +222,9 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
         data = _digits()
     elif spec.startswith(("torch/", "hfds/")):
         data = _timm_dataset(settings)
+    elif Path(spec).is_dir() and settings.train_list is not None and settings.test_list is not None:
+        lists = settings.train_list, settings.test_list
+        data = _listed(Path(spec), lists, settings.check_images, share or (lambda names: names))
     elif Path(spec).is_dir():
         data = _folder(Path(spec), settings.check_images, share or (lambda names: names))
     else:
@@ -236,14 +239,14 @@ def open_data(settings: Settings, share: Callable[[list[str]], list[str]] | None
     return data
 
 
-def check_batch_size(data: Data, settings: Settings) -> None:
+def check_batch_size(data: Data, settings: Settings, flag: str = "--batch-size ") -> None:
     """Raise UserError when the training split is smaller than one optimizer update."""
     if len(data.train) < settings.batch_size * settings.grad_accum_steps:
         product = (
             "" if settings.grad_accum_steps == 1 else f" times --grad-accum-steps {settings.grad_accum_steps}"
         )
         raise UserError(
-            f"--batch-size {settings.batch_size}{product} is more than the {len(data.train)} training images "
+            f"{flag}{settings.batch_size}{product} is more than the {len(data.train)} training images "
             f"of {data.name}. Lower it."
         )
 
@@ -369,11 +372,8 @@ def _folder(root: Path, check: bool, share: Callable[[list[str]], list[str]]) ->
         test_paths, test_labels = [paths[i] for i in held_out], [labels[i] for i in held_out]
         rest = sorted(set(range(len(paths))) - set(held_out))
         paths, labels = [paths[i] for i in rest], [labels[i] for i in rest]
-    if check and (broken := share(check_images(paths + test_paths))):
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(
-            f"--data {root}: unreadable image files: {'; '.join(broken[:5])}{more}. Replace or remove them."
-        )
+    if check:
+        _refuse_unreadable(root, paths + test_paths, share)
     return Data(
         str(root),
         ImageSplit(_FileSource(paths), labels),
@@ -381,6 +381,45 @@ def _folder(root: Path, check: bool, share: Callable[[list[str]], list[str]]) ->
         classes,
         None,
     )
+
+
+def _refuse_unreadable(root: Path, paths: list[str], share: Callable[[list[str]], list[str]]) -> None:
+    if broken := share(check_images(paths)):
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(
+            f"--data {root}: unreadable image files: {'; '.join(broken[:5])}{more}. Replace or remove them."
+        )
+
+
+def _listed(root: Path, lists: tuple[str, str], check: bool, share: Callable[[list[str]], list[str]]) -> Data:
+    """Images that text files name, as ImageNet-LT and iNaturalist are published."""
+    (paths, labels), (test_paths, test_labels) = (
+        _read_list(root, file, flag) for file, flag in zip(lists, ("train_list", "test_list"), strict=True)
+    )
+    if check:
+        _refuse_unreadable(root, paths + test_paths, share)
+    classes = [str(c) for c in range(max(labels + test_labels) + 1)]
+    train, test = ImageSplit(_FileSource(paths), labels), ImageSplit(_FileSource(test_paths), test_labels)
+    return Data(str(root), train, test, classes, None)
+
+
+def _read_list(root: Path, file: str, name: str) -> tuple[list[str], list[int]]:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--set {name}={file} cannot be read: {error}.") from error
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        path, _, label = line.strip().rpartition(" ")
+        if not label:
+            continue
+        if not path or not (label.isascii() and label.isdigit()):
+            raise UserError(f"--set {name}={file}, line {number}: expected `path label`, got {line!r}.")
+        paths.append(str(root / path))
+        labels.append(int(label))
+    if not paths:
+        raise UserError(f"--set {name}={file} names no images; expected lines of `path label`.")
+    return paths, labels
 
 
 def _hold_out(root: Path, labels: list[int], classes: list[str]) -> list[int]:

@@ -43,15 +43,20 @@ class TeacherObjective:
     Args:
         loss: of logits and labels; told the epoch if it wants to know.
         evaluate: its test accuracy.
+
+    :attr:`steps` are those of SAM, where it takes them; they are told the epoch.
     """
 
     def __init__(self, loss: nn.Module, evaluate: Callable[[nn.Module], Accuracy]) -> None:
         self._loss, self._evaluate = loss, evaluate
+        self.steps: SharpnessAwareSteps | None = None
 
     def begin(self, model: nn.Module, epoch: int) -> None:
-        """Tell the loss the epoch."""
+        """Tell the loss and the steps the epoch."""
         if isinstance(self._loss, methods.LDAMLoss):
             self._loss.set_epoch(epoch)
+        if self.steps is not None:
+            self.steps.set_epoch(epoch)
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         """As they are."""
@@ -119,11 +124,28 @@ class SharpnessAwareSteps:
         optimizer: of the run.
         rho: radius.
         backward: accelerate's.
+        changes: other radii by the epoch that they begin with.
     """
 
-    def __init__(self, optimizer: Any, rho: float, backward: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        rho: float,
+        backward: Callable[[Tensor], None],
+        changes: Mapping[int, float] | None = None,
+    ) -> None:
         self._sam, self._backward = methods.SAM(optimizer, rho), backward
+        self._radii = {0: rho, **(changes or {})}
         self._steps = 0
+
+    @property
+    def rho(self) -> float:
+        """The radius."""
+        return self._sam.rho
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the radius of ``epoch``."""
+        self._sam.rho = self._radii[max(e for e in self._radii if e <= epoch)]
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -225,6 +247,12 @@ def class_map(settings: Settings, classes: int) -> list[int] | None:
     return numbers
 
 
+def images_by_class(data: Data) -> list[int]:
+    """Training images of each class."""
+    found: list[int] = torch.bincount(torch.tensor(data.train.labels), minlength=data.num_classes).tolist()
+    return found
+
+
 def student_loss(settings: Settings, counts: list[int]) -> methods.DeiTLTLoss:
     """The loss of ``settings``.
 
@@ -262,21 +290,26 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
     arguments: dict[str, Any] = {"num_classes": data.num_classes}
     if data.in_chans is not None:
         arguments["in_chans"] = data.in_chans
-    cosine = s.teacher_loss == "ldam"
-    if cosine:
+    ldam = s.teacher_loss == "ldam"
+    if ldam and s.teacher_model.endswith("_cifar"):
         arguments["cosine"] = True
-        if not s.teacher_model.startswith("resnet") or not s.teacher_model.endswith("_cifar"):
-            raise UserError(
-                f"--teacher-model {s.teacher_model} has no cosine classifier, which ldam needs. "
-                "Take resnet32_cifar, another --teacher-loss, or a trained one by --teacher FILE."
-            )
-    if s.amp == "fp16" and s.sam_rho:
+    if s.amp == "fp16" and (s.sam_rho or s.sam_rho_steps):
         raise UserError(
             "--amp fp16 does not go with SAM: a step it skips would leave the scale of the loss as it is. "
             "Use --amp bf16, --sam-rho 0, or a trained one by --teacher FILE."
         )
     torch.manual_seed(s.seed)
     cnn = models.create(s.teacher_model, flag="--teacher-model", **arguments)
+    if ldam != any(isinstance(module, methods.CosineClassifier) for module in cnn.modules()):
+        how = (
+            "has no cosine classifier, which ldam needs. Take resnet32_cifar, resnet50_cosine"
+            if ldam
+            else f"has a cosine classifier, which only ldam trains, not {s.teacher_loss}. Take resnet50"
+        )
+        raise UserError(
+            f"--teacher-model {s.teacher_model} {how}, another --teacher-loss, or a trained one by --teacher "
+            "FILE."
+        )
     models.take_size_of(data, cnn)
     models.check_fit(cnn, s.teacher_model, data)
     return cnn
@@ -295,7 +328,7 @@ def teacher_settings(settings: Settings) -> Settings:
         opt="momentum",
         lr=s.teacher_lr,
         weight_decay=s.teacher_weight_decay,
-        sched="cosine",
+        sched=s.teacher_sched,
         warmup_epochs=5 if s.teacher_epochs >= 50 else 0,
         min_lr=0.0,
         clip_grad=None,
@@ -306,7 +339,7 @@ def teacher_settings(settings: Settings) -> Settings:
         aa=None,
         color_jitter=0.0,
         reprob=0.0,
-        train_crop="pad",
+        train_crop=s.teacher_crop,
         aug_repeats=1,
         check_images=False,
     )
@@ -316,16 +349,20 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     """Train the teacher and keep it in the folder."""
     s = teacher_settings(job.settings)
     data = open_data(s)
-    check_batch_size(data, s)
     cnn = job.model if job.stage == "teacher" else make_teacher(job.settings, data)
     data.fit_to(cnn, s)
-    drw = round(TEACHER_DRW * s.epochs)
+    drw = round(TEACHER_DRW * s.epochs) if s.teacher_drw_epoch is None else s.teacher_drw_epoch
     losses: dict[str, Callable[[], nn.Module]] = {
         "ldam": lambda: methods.LDAMLoss(counts, s.teacher_margin, drw_epoch=drw),
         "ce": nn.CrossEntropyLoss,
         "balanced_softmax": lambda: methods.BalancedSoftmaxLoss(counts),
     }
     accelerator = job.accelerator
+    if s.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"--set teacher_batch_size={s.batch_size} must be a multiple of the {accelerator.num_processes} "
+            "processes."
+        )
     loop = Loop(s, data, job.folder, accelerator, job.reporter, job.loop.stop)
     loop.results = job.loop.results
     accelerator.gradient_accumulation_steps = 1
@@ -334,13 +371,14 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     )
 
     def sharpness_aware(optimizer: Any, wrapped: nn.Module) -> SharpnessAwareSteps:
-        return SharpnessAwareSteps(optimizer, s.sam_rho, accelerator.backward)
+        objective.steps = SharpnessAwareSteps(optimizer, s.sam_rho, accelerator.backward, s.sam_rho_steps)
+        return objective.steps
 
     accuracy = loop.run(
         Stage("teacher", s.lr, s.epochs),
         cnn,
         state=job.take_state(),
-        measured=sharpness_aware if s.sam_rho else None,
+        measured=sharpness_aware if s.sam_rho or s.sam_rho_steps else None,
         objective=objective,
     )
     accelerator.gradient_accumulation_steps = job.settings.grad_accum_steps
@@ -364,6 +402,18 @@ def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Modul
     return cnn
 
 
+def _check(model: nn.Module, settings: Settings, data: Data) -> None:
+    s = settings
+    models.check_heads(model, s)
+    student_loss(s, images_by_class(data))
+    class_map(s, data.num_classes)
+    if s.teacher is not None:
+        open_teacher(s, data, model)
+    else:
+        check_batch_size(data, teacher_settings(s), "--set teacher_batch_size=")
+        make_teacher(s, data)
+
+
 def distill(
     settings: Settings,
     out: Path,
@@ -376,12 +426,11 @@ def distill(
 
     Arguments and errors are those of :func:`pyvitfast.train.run.train`.
     """
-    with _job("distill", settings, out, resume, overwrite, given or {}, console) as job:
+    with _job("distill", settings, out, resume, overwrite, given or {}, console, _check) as job:
         s, data, accelerator = job.settings, job.data, job.accelerator
         student = models.for_data(s, data)[0] if job.stage == "teacher" else job.model
-        counts = torch.bincount(torch.tensor(data.train.labels), minlength=data.num_classes).tolist()
+        counts = images_by_class(data)
         groups = methods.class_groups(counts)
-        # All that may refuse comes before hours of training.
         loss, numbers = student_loss(s, counts), class_map(s, data.num_classes)
         if job.stage in (None, "teacher"):
             if s.teacher is None:

@@ -17,6 +17,7 @@ from pyvitfast.grow.models import keep_normalisation
 from pyvitfast.models.checkpoint import load
 from pyvitfast.models.summary import summary
 from pyvitfast.train import model as models
+from pyvitfast.train.data import Data
 from pyvitfast.train.folder import DENSE, GROWN
 from pyvitfast.train.loop import Loop, Stage, evaluate
 from pyvitfast.train.run import Outcome, _Job, _job, _outcome, train_dense
@@ -38,7 +39,7 @@ def grow(
 
     Arguments and errors are those of :func:`pyvitfast.train.run.train`.
     """
-    with _job("grow", settings, out, resume, overwrite, given or {}, console) as job:
+    with _job("grow", settings, out, resume, overwrite, given or {}, console, _check) as job:
         s, device = job.settings, job.accelerator.device
         arm = s.method if s.compare else ""
         stopped = job.stage
@@ -67,6 +68,10 @@ def grow(
         if s.compare:
             _tell_savings(job)
         return _outcome(job, model.to(device), accuracy, small)
+
+
+def _check(model: nn.Module, settings: Settings, data: Data) -> None:
+    models.check_growth(model, settings)
 
 
 def _for_target(job: _Job, target: nn.Module) -> Loop:

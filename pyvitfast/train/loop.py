@@ -31,6 +31,9 @@ from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
 from pyvitfast.train.teachers import Teachers
 
+# Of the epochs, where ``multistep`` steps: 160 and 180 of 200 (Cao et al., NeurIPS 2019).
+MILESTONES = (0.8, 0.9)
+
 STAGES = ("train", "prune", "finetune", "grow", "teacher", "student")
 
 
@@ -253,6 +256,9 @@ class Loop:
             sched=s.sched,
             num_epochs=stage.epochs,
             decay_epochs=max(1, stage.epochs // 3),
+            # Half an update later, for timm steps an update early.
+            decay_milestones=[round(part * stage.epochs) + 0.5 / updates for part in MILESTONES],
+            decay_rate=0.01 if s.sched == "multistep" else 0.1,
             warmup_epochs=min(s.warmup_epochs, stage.epochs - 1),
             warmup_lr=s.warmup_lr,
             min_lr=s.min_lr,

@@ -13,6 +13,7 @@ from torch import nn
 from pyvitfast.models.checkpoint import load
 from pyvitfast.quantize import FOGZO, convert, report
 from pyvitfast.train import model as models
+from pyvitfast.train.data import Data
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import DENSE
 from pyvitfast.train.loop import Stage, evaluate
@@ -32,7 +33,7 @@ def quantize(
 
     Arguments and errors are those of :func:`pyvitfast.train.run.train`.
     """
-    with _job("quantize", settings, out, resume, overwrite, given or {}, console) as job:
+    with _job("quantize", settings, out, resume, overwrite, given or {}, console, _check) as job:
         s, loop, model = job.settings, job.loop, job.model
         if job.stage in (None, "train"):
             train_dense(job, "quantises a trained model")
@@ -73,6 +74,10 @@ def quantize(
             raise UserError(f"the trained model cannot be packed: {error}") from error
         accuracy = evaluate(low.to(job.accelerator.device), job.data, s, job.accelerator)
         return _outcome(job, low, accuracy, load(job.folder.path / DENSE))
+
+
+def _check(model: nn.Module, settings: Settings, data: Data) -> None:
+    models.check_quantization(model, settings)
 
 
 def _prepared(job: _Job) -> nn.Module:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,9 @@ from pyvitfast.train.progress import Reporter
 from pyvitfast.train.settings import Settings
 from pyvitfast.train.signals import StopRequest
 from pyvitfast.train.teachers import make_teachers, open_cnn
+
+# Refuses what cannot be done with a new model, before the folder is made.
+Check = Callable[[nn.Module, Settings, Data], object]
 
 
 @dataclass
@@ -145,6 +148,7 @@ def _job(
     overwrite: bool,
     given: Mapping[str, Any],
     console: Console,
+    check: Check | None = None,
 ) -> Iterator[_Job]:
     main = int(os.environ.get("RANK", "0")) == 0
     folder = RunFolder(out, verb, writes=main)
@@ -161,19 +165,8 @@ def _job(
                 model, origin = snapshot.model, snapshot.state["results"]["origin"]
             else:
                 model, origin = models.for_data(settings, data)
-                if verb == "prune":
-                    make_pruner(model, settings)  # what it cannot take is told before hours of training
-                elif verb == "sparsify":
-                    if settings.tokens is None:
-                        models.check_sparsity(model, settings.model)
-                    else:
-                        models.with_tokens(model, settings)
-                elif verb == "quantize":
-                    models.check_quantization(model, settings)
-                elif verb == "grow":
-                    models.check_growth(model, settings)
-                elif verb == "distill":
-                    models.check_heads(model, settings)
+                if check is not None:
+                    check(model, settings, data)
             if not resume:
                 folder.start(settings, overwrite)
                 threads = torch.get_num_threads()
@@ -318,6 +311,10 @@ def _latency(job: _Job, model: nn.Module) -> LatencyTable | None:
         raise UserError(f"the latency table of --model {s.model}: {error}") from error
 
 
+def _check(model: nn.Module, settings: Settings, data: Data) -> None:
+    make_pruner(model, settings)
+
+
 def prune(
     settings: Settings,
     out: Path,
@@ -330,7 +327,7 @@ def prune(
 
     Arguments and errors are those of :func:`train`.
     """
-    with _job("prune", settings, out, resume, overwrite, given or {}, console) as job:
+    with _job("prune", settings, out, resume, overwrite, given or {}, console, _check) as job:
         s, loop, model = job.settings, job.loop, job.model
         cnn = open_cnn(s, job.data, model)
         table = None

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent / "recipes"
 AMP = ("no", "bf16", "fp16")
 BUDGETS = ("macs", "params", "latency")
 COST_RULES = ("subtract", "divide")
-SCHEDULES = ("cosine", "tanh", "step", "poly", "none")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 GROUP_KINDS = ("embed", "head", "qk", "v", "mlp")
 
 WEIGHT_NORMS = ("batch", "classes", "global")
@@ -77,6 +77,9 @@ class Settings:
         data_dir: where ``torch/`` and ``hfds/`` data sets are kept.
         download: fetch a ``torch/`` or ``hfds/`` data set that is missing.
         check_images: read every image file's header before the run.
+        train_list: text file of lines ``path label`` that names the training images of a folder, paths from
+            there and labels from 0; None takes its class folders.
+        test_list: the same of its test images.
         imbalance: ratio of the largest to the smallest class of a long tail; 1 keeps all. The same images for
             every seed.
         imbalance_type: of class sizes: ``exp``, which fall exponentially, or ``step``, half of them small.
@@ -86,7 +89,8 @@ class Settings:
         opt: timm optimizer.
         lr: peak learning rate.
         weight_decay: weight decay.
-        sched: timm schedule, stepped at each update: cosine, tanh, step, poly or none.
+        sched: timm schedule, stepped at each update: cosine, tanh, step, multistep, poly or none;
+            ``multistep`` is a hundredth of the rate from 8/10 of the epochs on, and of that from 9/10.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at its start.
         min_lr: learning rate at the end.
@@ -134,10 +138,15 @@ class Settings:
         teacher_loss: ``ldam``, ``ce`` or ``balanced_softmax``.
         teacher_epochs: epochs of the teacher.
         teacher_batch_size: images in its steps, over all processes.
-        teacher_lr: its peak learning rate; SGD with momentum and a cosine.
+        teacher_lr: its peak learning rate; SGD with momentum.
+        teacher_sched: its schedule, as ``sched``.
+        teacher_drw_epoch: first epoch, from 0, whose ``ldam`` loss is weighted by class; None takes 4/5 of
+            the epochs, and a number of at least ``teacher_epochs`` is never.
         teacher_weight_decay: its weight decay.
-        teacher_margin: largest margin of ``ldam``; its re-weighting begins after 4/5 of the epochs.
+        teacher_crop: its crops, as ``train_crop``.
+        teacher_margin: largest margin of ``ldam``.
         sam_rho: radius of SAM in the teacher's training; 0 is off.
+        sam_rho_steps: other radii by the epoch, from 0, that they begin with.
         teacher_size: side of the teacher's images in pixels; None takes what it was made for.
         class_map: JSON list: the student's number of each of the teacher's classes; None for equal ones.
         distill_alpha: share of the DIST head's loss.
@@ -182,6 +191,8 @@ class Settings:
     data_dir: str = "data"
     download: bool = False
     check_images: bool = True
+    train_list: str | None = None
+    test_list: str | None = None
     imbalance: float = 1.0
     imbalance_type: str = "exp"
     epochs: int = 100
@@ -233,9 +244,13 @@ class Settings:
     teacher_epochs: int = 200
     teacher_batch_size: int = 128
     teacher_lr: float = 0.1
+    teacher_sched: str = "cosine"
+    teacher_drw_epoch: int | None = None
     teacher_weight_decay: float = 2e-4
+    teacher_crop: str = "pad"
     teacher_margin: float = 0.5
     sam_rho: float = 0.8
+    sam_rho_steps: dict[int, float] | None = field(default=None)
     teacher_size: int | None = None
     class_map: str | None = None
     distill_alpha: float = 0.5
@@ -312,7 +327,19 @@ class Settings:
             raise UserError(str(error).replace("QuantConfig: ", "")) from error
         self._one_of("imbalance_type", IMBALANCES)
         self._one_of("train_crop", CROPS)
+        self._one_of("teacher_crop", CROPS)
+        if self.teacher_loss == "paco":
+            raise UserError(
+                "--teacher-loss paco wants two views of each image and has no flag here. Train it in Python "
+                "with pyvitfast.distill.PaCo, keep paco.teacher() with pyvitfast.save, give --teacher FILE."
+            )
         self._one_of("teacher_loss", TEACHER_LOSSES)
+        self._one_of("teacher_sched", SCHEDULES)
+        both = (self.train_list is None) == (self.test_list is None)
+        self._need("train_list", "given together with test_list, or neither", both)
+        for epoch, rho in (self.sam_rho_steps or {}).items():
+            good = type(epoch) is int and epoch >= 0 and type(rho) in (int, float) and 0 <= rho < float("inf")
+            self._need("sam_rho_steps", "radii of at least 0 by epochs from 0, such as {6: 0.1}", good)
         self._one_of("weight_norm", WEIGHT_NORMS)
         for name in ("teacher_epochs", "teacher_weight_decay", "sam_rho"):
             self._need(name, "at least 0", getattr(self, name) >= 0)
@@ -322,7 +349,8 @@ class Settings:
         self._need("teacher_size", "at least 1", self.teacher_size is None or self.teacher_size >= 1)
         self._need("distill_alpha", "between 0 and 1", 0 <= self.distill_alpha <= 1)
         self._need("drw_beta", "at least 0 and below 1", 0 <= self.drw_beta < 1)
-        self._need("drw_epoch", "at least 0", self.drw_epoch is None or self.drw_epoch >= 0)
+        for name in ("drw_epoch", "teacher_drw_epoch"):
+            self._need(name, "at least 0", getattr(self, name) is None or getattr(self, name) >= 0)
         self._one_of("cost_rule", COST_RULES)
         self._need("eta", "at least 0", self.eta is None or self.eta >= 0)
         self._need("eta", "0 with --cost-rule divide", not self.eta or self.cost_rule == "subtract")

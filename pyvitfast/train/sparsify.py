@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from pyvitfast import tokens
 from pyvitfast.models.checkpoint import load
 from pyvitfast.prune import apply_masks
 from pyvitfast.prune import sparsify as make_sparse
 from pyvitfast.train import model as models
+from pyvitfast.train.data import Data
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import DENSE
 from pyvitfast.train.loop import Stage, evaluate
@@ -34,8 +36,15 @@ def sparsify(
     With ``settings.tokens`` a few semantic tokens take the place of the image tokens, else weights become 2:4
     sparse and their zeros are kept. Arguments and errors are those of :func:`pyvitfast.train.run.train`.
     """
-    with _job("sparsify", settings, out, resume, overwrite, given or {}, console) as job:
+    with _job("sparsify", settings, out, resume, overwrite, given or {}, console, _check) as job:
         return _weights(job) if job.settings.tokens is None else _tokens(job)
+
+
+def _check(model: nn.Module, settings: Settings, data: Data) -> None:
+    if settings.tokens is None:
+        models.check_sparsity(model, settings.model)
+    else:
+        models.with_tokens(model, settings)
 
 
 def _tokens(job: _Job) -> Outcome:

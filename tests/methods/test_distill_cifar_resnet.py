@@ -120,3 +120,19 @@ def test_micro_student_with_two_heads(tmp_path):
     assert [part.shape for part in model(images)] == [(2, 10), (2, 10)]
     vf.save(model.eval(), tmp_path / "m.safetensors")
     assert torch.equal(vf.load(tmp_path / "m.safetensors")(images), model(images))
+
+
+def test_resnet50_with_a_cosine_classifier(tmp_path):
+    """timm's network but for the classifier, which has no bias."""
+    model = timm.create_model("resnet50_cosine", num_classes=7).eval()
+    plain = timm.create_model("resnet50", num_classes=7)
+    count = sum(p.numel() for p in plain.parameters()) - 7
+    assert sum(p.numel() for p in model.parameters()) == count
+    images = torch.randn(2, 3, 64, 64)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    expected = [[F.cosine_similarity(f, w, dim=0) for w in model.fc.weight] for f in features]
+    torch.testing.assert_close(model(images), torch.tensor(expected))
+    vf.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(vf.load(tmp_path / "m.safetensors").eval()(images), model(images))
+    model.reset_classifier(3)
+    assert model(images).abs().max() <= 1.00001

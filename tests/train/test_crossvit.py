@@ -143,14 +143,15 @@ class TestRecipe:
     def test_an_unknown_one_is_told_with_those_that_are(self) -> None:
         with pytest.raises(
             UserError,
-            match=r"no recipe of that name \(crossvit, stvit, stvit_swin\)\. Did you mean 'crossvit'",
+            match=r"no recipe of that name \(crossvit, deit_lt_.*, stvit_swin\)\. Did you mean 'crossvit'",
         ):
             resolve(Path("crosvit"))
         with pytest.raises(UserError, match=r"--config sub/crossvit: no such file"):
             resolve(Path("sub/crossvit"))
 
     def test_all_can_be_read(self) -> None:
-        assert recipe_names() == ["crossvit", "stvit", "stvit_swin"]
+        lists = ["deit_lt_cifar10", "deit_lt_cifar100", "deit_lt_imagenet", "deit_lt_inat2018"]
+        assert recipe_names() == ["crossvit", *lists, "stvit", "stvit_swin"]
         for name in recipe_names():
             settings = resolve(Path(name), flags={"data": "x"})
             assert timm.is_model(settings.model)

@@ -61,6 +61,30 @@ def test_train_and_val_folders(image_folder: Path) -> None:
         open_data(settings(data=str(root)))
 
 
+def test_lists_of_images(image_folder: Path, tmp_path: Path) -> None:
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("dog/3.png 1\ncat/0.jpg 0\n\ncat/2.jpg 0\n")
+    test.write_text("dog/1.png 1\ncat/1.png 0\n")
+    lists = {"train_list": str(train), "test_list": str(test)}
+    data = open_data(settings(data=str(image_folder), **lists))
+    assert (data.train.labels, data.test.labels, data.class_names) == ([1, 0, 0], [1, 0], ["0", "1"])
+    assert data.train.source.paths[0] == str(image_folder / "dog/3.png")
+    for text, words in (
+        ("dog/3.png", "train_list=.*line 1: expected `path label`, got 'dog/3.png'"),
+        ("a.png 1\nb.png x", "line 2: expected `path label`"),
+        ("", "names no images"),
+        ("dog/none.png 1", "unreadable image files: .*none.png"),
+    ):
+        train.write_text(text)
+        with pytest.raises(UserError, match=words):
+            open_data(settings(data=str(image_folder), **lists))
+    train.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        open_data(settings(data=str(image_folder), **lists))
+    with pytest.raises(UserError, match="--train-list must be given together with test_list"):
+        settings(data=str(image_folder), train_list=str(train))
+
+
 def test_torchvision_folder_through_timm(image_folder: Path) -> None:
     root = image_folder.parent / "tv"
     for part in ("train", "validation"):

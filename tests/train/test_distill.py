@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +13,8 @@ from typer.testing import CliRunner
 import pyvitfast as vf
 from pyvitfast.cli import app
 from pyvitfast.train import Settings, UserError, open_data, resolve
-from pyvitfast.train.distill import make_teacher
+from pyvitfast.train.distill import SharpnessAwareSteps, make_teacher, teacher_settings
+from pyvitfast.train.loop import Loop, Stage
 from tests.train.conftest import metrics, stopping_after
 
 # 9 updates an epoch, of the teacher and of the student.
@@ -115,6 +118,11 @@ def test_steps_of_class_sizes():
         (["--model", "vit_micro_patch2_8"], "has no distillation token and head"),
         (["--teacher", "nothing.safetensors"], "--teacher nothing.safetensors: no such file"),
         (["--teacher-model", "resnet18"], "has no cosine classifier"),
+        (["--teacher-model", "resnet50_cosine", "--teacher-loss", "ce"], "which only ldam trains, not ce"),
+        (["--teacher-loss", "paco"], "--teacher-loss paco wants two views"),
+        (["--set", "teacher_sched=magic"], "--teacher-sched must be one of"),
+        (["--set", "sam_rho_steps={-1: 0.1}"], "--sam-rho-steps must be radii of at least 0"),
+        (["--set", "teacher_batch_size=2000"], "teacher_batch_size=2000 is more than the"),
         (["--teacher-loss", "magic"], "--teacher-loss must be one of ldam, ce, balanced_softmax"),
         (["--batch-size", "33"], "an even number of images"),
         (["--class-map", "nothing.json"], "--class-map nothing.json: no such file"),
@@ -142,6 +150,7 @@ def test_bad_class_maps(text, line, refused, tmp_path):
     (tmp_path / "map.json").write_text(text)
     printed = refused("distill", "--class-map", tmp_path / "map.json", "--out", tmp_path / "o")
     assert line in printed
+    assert not (tmp_path / "o").exists()  # or the mended command would have to overwrite it
 
 
 @pytest.mark.parametrize(
@@ -152,3 +161,77 @@ def test_teachers_that_do_not_fit(given, line, refused, tmp_path):
     vf.save(timm.create_model("resnet20_cifar", **given), tmp_path / "t.safetensors")
     printed = refused("distill", "--teacher", tmp_path / "t.safetensors", "--out", tmp_path / "o")
     assert line in printed
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_teacher_that_gives_no_numbers_is_named(tmp_path, refused):
+    cnn = timm.create_model("resnet20_cifar", in_chans=1)
+    torch.nn.init.constant_(cnn.fc.bias, torch.nan)
+    vf.save(cnn, tmp_path / "t.safetensors")
+    printed = refused("distill", *TINY, "--teacher", tmp_path / "t.safetensors", "--out", tmp_path / "o")
+    assert "must give finite logits, got NaN or infinity in rows" in printed
+
+
+def test_a_class_without_images_is_refused(tmp_path, image_folder, refused):
+    lines = [
+        f"{p.relative_to(image_folder)} {2 * (p.parent.name == 'dog')}" for p in image_folder.rglob("*.*")
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    lists = [f"--set={name}={tmp_path / 'list.txt'}" for name in ("train_list", "test_list")]
+    model = ["--model", "deit_micro_distilled_patch2_8", "--batch-size", 4, "--set", "workers=0"]
+    printed = refused("distill", "--data", image_folder, *lists, *model, "--out", tmp_path / "o")
+    assert "there are no images of classes 1" in printed
+    assert not (tmp_path / "o").exists()
+
+
+def test_schedule_of_the_published_teacher():
+    """A linear warm-up over 5 epochs, a hundredth from epoch 160 on, and of that from 180."""
+    settings = teacher_settings(resolve(Path("deit_lt_cifar10")))
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1}
+    optimizer = torch.optim.SGD([group])
+    updates = 7
+    loop = SimpleNamespace(settings=settings, updates_per_epoch=updates)
+    scheduler = Loop.schedule(loop, optimizer, Stage("teacher", 0.1, 200))
+
+    def rate(update):
+        scheduler.step_update(update)
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(1e-6)
+    assert rate(5 * updates // 2) == pytest.approx(0.1 * 17 / 35, rel=1e-4)
+    assert rate(5 * updates) == rate(160 * updates - 1) == 0.1
+    assert rate(160 * updates) == rate(180 * updates - 1) == pytest.approx(1e-3)
+    assert rate(180 * updates) == pytest.approx(1e-5)
+
+
+def test_radii_of_the_published_teacher():
+    settings = resolve(Path("deit_lt_imagenet"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    steps = SharpnessAwareSteps(optimizer, settings.sam_rho, torch.Tensor.backward, settings.sam_rho_steps)
+    found = {}
+    for epoch in (0, 5, 6, 60, 61, 89):
+        steps.set_epoch(epoch)
+        found[epoch] = steps.rho
+    assert found == {0: 0.05, 5: 0.05, 6: 0.1, 60: 0.1, 61: 0.5, 89: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "drw_epoch", "images", "lr"),
+    [
+        ("cifar10", 1200, 1100, 1024, 2.5e-4),
+        ("cifar100", 1200, 1100, 1024, 2.5e-4),
+        ("imagenet", 1400, 1200, 2048, 5e-4),
+        ("inat2018", 1000, 900, 2048, 5e-4),
+    ],
+)
+def test_recipes_are_the_published_ones(name, epochs, drw_epoch, images, lr):
+    found = resolve(Path(f"deit_lt_{name}"))
+    assert (found.epochs, found.drw_epoch, found.lr) == (epochs, drw_epoch, lr)
+    assert found.batch_size * found.grad_accum_steps == images
+    assert found.mixing_after_drw == (name in ("imagenet", "inat2018"))
+    assert (found.mixup, found.cutmix, found.smoothing, found.aug_repeats) == (0.8, 1.0, 0.1, 3)
+    large = name in ("imagenet", "inat2018")
+    assert (found.teacher_epochs, found.teacher_drw_epoch) == ((90, 60) if large else (200, 160))
+    assert found.teacher_margin == (0.3 if large else 0.5)
+    assert timm.is_model(found.model)
+    assert timm.is_model(found.teacher_model)

@@ -65,6 +65,25 @@ def test_two_processes_measure_the_slopes_of_one(tmp_path: Path) -> None:
             assert b["measured"]["slope_ratio"] == pytest.approx(a["measured"]["slope_ratio"], abs=0.05)
 
 
+def test_two_processes_distill_what_one_does(tmp_path: Path) -> None:
+    """One divisor for the whole batch, so that weights of classes are those of one process.
+
+    Without mixing, which each process draws for itself; the teacher is that of the two.
+    """
+    flags = ["--epochs", 3, "--drw-epoch", 1, "--teacher-epochs", 1, "--batch-size", 100, "--mixup", 0]
+    flags += ["--cutmix", 0, "--set", "weight_norm=global", "--device", "cpu"]
+    finish("distill", *flags, "--out", tmp_path / "2", processes=2)
+    teacher = tmp_path / "2" / "teacher.safetensors"
+    finish("distill", *flags, "--teacher", teacher, "--out", tmp_path / "1", processes=1)
+    two, one = ([e for e in metrics(tmp_path / n) if e.get("stage") == "student"] for n in ("2", "1"))
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+        assert b["heads"]["avg"]["overall"] == pytest.approx(a["heads"]["avg"]["overall"], abs=0.7)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=0, atol=5e-3)
+
+
 def test_two_processes_train_the_operator_of_one(tmp_path: Path) -> None:
     """Each sees half of a batch; an operator that saw one half only would end elsewhere."""
     sizes = ("--epochs", 1, "--finetune-epochs", 0, "--batch-size", 100, "--operator-steps", 8)
