@@ -31,6 +31,21 @@ def _label_range(name: str, value: Tensor, classes: int) -> None:
         )
 
 
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{NAME}: `{name}` must be a number, got {type(value).__name__}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{NAME}: `{name}` must be from 0 to 1, got {value}.")
+    return float(value)
+
+
+def _number(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # What is no float tensor is for the checks to refuse.
+    if value is None or not value.is_floating_point():
+        return value
+    return value if value.dtype == dtype and not value.requires_grad else value.detach().to(dtype)
+
+
 def _check(
     cls_logits: Tensor,
     dist_logits: Tensor,
@@ -117,8 +132,8 @@ def two_head_loss(
         partners: y', int64 [B], or None for unmixed labels.
         lam: :math:`\lambda`, [] or [B]; with ``partners``.
         divisor: [], in place of the sum of weights under :math:`L_d`; or None.
-        alpha: share of :math:`L_d`.
-        smoothing: :math:`\epsilon`.
+        alpha: share of :math:`L_d`, 0 to 1.
+        smoothing: :math:`\epsilon`, 0 to 1.
 
     Returns:
         The three losses and the teacher's labels. All losses are differentiable once with respect to both
@@ -126,8 +141,9 @@ def two_head_loss(
 
     Raises:
         TypeError: labels that are not int64, or numbers that are not float tensors.
-        ValueError: shapes or devices that do not match, or on the CPU a label outside of 0 to C - 1. On CUDA
-            such a label makes losses and its rows of the gradients NaN, and nothing is read out of range.
+        ValueError: shapes or devices that do not match, shares outside of 0 to 1, or on the CPU a label
+            outside of 0 to C - 1. On CUDA such a label makes losses and its rows of the gradients NaN, and
+            nothing is read out of range.
 
     Softmax and sums are float32 for 16-bit logits, also under autocast. Where the sum of weights or the
     divisor is 0, :math:`L_d` is 0 with a gradient of 0; both losses of an empty batch are 0. The order of all
@@ -143,29 +159,27 @@ def two_head_loss(
         >>> out.dist_loss - out.cls_loss
         tensor(2.)
     """
-    wide = torch.float64 if cls_logits.dtype == torch.float64 else torch.float32
-    inputs = (cls_logits, dist_logits, labels, teacher, weights, partners, lam, divisor)
     op = _checks.call(NAME)
+    alpha, smoothing = _share("alpha", alpha), _share("smoothing", smoothing)
+    inputs = (cls_logits, dist_logits, labels, teacher, weights, partners, lam, divisor)
     if torch.compiler.is_compiling():
         _check(*inputs)
-    elif torch.is_grad_enabled() and (cls_logits.requires_grad or dist_logits.requires_grad):
-        op = _Eager.apply
     try:
-        numbers = [
-            t if t is None or (t.dtype == wide and not t.requires_grad) else t.detach().to(wide)
-            for t in (weights, lam, divisor)
-        ]
+        wide = torch.float64 if cls_logits.dtype == torch.float64 else torch.float32
+        differentiates = torch.is_grad_enabled() and (cls_logits.requires_grad or dist_logits.requires_grad)
+        if differentiates and not torch.compiler.is_compiling():
+            op = _Eager.apply
         found = op(
             cls_logits,
             dist_logits,
             labels,
             teacher.detach() if teacher.requires_grad else teacher,
-            numbers[0],
+            _number(weights, wide),
             partners,
-            numbers[1],
-            numbers[2],
-            float(alpha),
-            float(smoothing),
+            _number(lam, wide),
+            _number(divisor, wide),
+            alpha,
+            smoothing,
         )
     except Exception:
         # The kernels' own checks are enough, and free; these here find the words.
@@ -187,7 +201,7 @@ def _fake(cls: Tensor, dist: Tensor, labels: Tensor, teacher: Tensor, *rest: Any
     )
 
 
-def _fake_backward(grad: Tensor, grad_c: Tensor, grad_d: Tensor, cls: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Any, grad_c: Any, grad_d: Any, cls: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return cls.new_empty(cls.shape), cls.new_empty(cls.shape)
 
 
@@ -195,6 +209,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing = inputs
     chosen, statistics, total = output[3:]
     ctx.mark_non_differentiable(chosen, statistics, total)
+    # A loss that is not used has no gradient, instead of one of zeros that a kernel would have to write.
+    ctx.set_materialize_grads(False)
     optional = (weights, partners, lam)
     ctx.present = [t is not None for t in optional]
     ctx.save_for_backward(
@@ -202,7 +218,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
-def _backward(ctx: Any, grad: Tensor, grad_c: Tensor, grad_d: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, *_: Any) -> tuple[Any, ...]:
     saved, rest = ctx.saved_tensors[:6], iter(ctx.saved_tensors[6:])
     optional = [next(rest) if present else None for present in ctx.present]
     slopes = torch.ops.pyvitfast.two_head_loss_backward(

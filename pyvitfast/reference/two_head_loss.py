@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,19 +43,18 @@ def two_head_loss(
     log_p = cls_logits.to(wide).log_softmax(1)
     rows = -log_p.gather(1, labels[:, None]).squeeze(1)
     if partners is not None and lam is not None:
-        share = lam.to(wide)
+        share = lam.detach().to(wide)
         rows = share * rows - (1 - share) * log_p.gather(1, partners[:, None]).squeeze(1)
     rows = (1 - smoothing) * rows
     if smoothing > 0:
         rows = rows - smoothing * log_p.mean(1)
     cls_loss = rows.sum() / max(1, len(rows))
-    errors = F.cross_entropy(dist_logits.to(wide), chosen, reduction="none")
-    weighted = errors if weights is None else weights.to(wide)[chosen] * errors
-    if divisor is not None:
-        total = divisor.to(wide).reshape(())
-    elif weights is not None:
-        total = weights.to(wide)[chosen].sum()
-    else:
-        total = errors.new_full((), float(len(errors)))
-    dist_loss = weighted.sum() * torch.where(total == 0, torch.zeros_like(total), 1 / total)
+    # Not F.cross_entropy, which takes a label of -100 for one to be left out.
+    errors = -dist_logits.to(wide).log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
+    each = torch.ones_like(errors) if weights is None else weights.detach().to(wide)[chosen]
+    total = each.sum() if divisor is None else divisor.detach().to(wide).reshape(())
+    # Both sides of the division are replaced: 0 / 0 would give a gradient of NaN also where it is not taken.
+    nothing = total == 0
+    weighted = torch.where(nothing, 0.0, (each * errors).sum())
+    dist_loss = weighted / torch.where(nothing, 1.0, total)
     return TwoHeadLoss((1 - alpha) * cls_loss + alpha * dist_loss, cls_loss, dist_loss, chosen)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyvitfast import ops
-from tests.ops.table import EMULATED, BadCall, OpTable, Sample, strided
+from benchmarks.measure import peak_bytes
+from pyvitfast import ops, reference
+from tests.ops.table import EMULATED, BadCall, OpTable, Sample, devices, strided
 
 
 def inputs(batch, classes, dtype, *, logits=False, weighted=False, mixed="no", divided=False):
@@ -91,6 +92,14 @@ TABLE = OpTable(
         BadCall("lam", ValueError, "`lam` must have shape", bad(partners=ROW, lam=torch.ones(3))),
         BadCall("weights", ValueError, r"`weights` must have shape \[3\]", bad(weights=torch.ones(4))),
         BadCall("divisor", ValueError, "`divisor` must have shape", bad(divisor=torch.ones(4))),
+        BadCall("list", TypeError, "`cls_logits` must be a tensor", bad(cls_logits=[[1.0, 2.0, 3.0]])),
+        BadCall("whole", TypeError, "`weights` must have dtype", bad(weights=torch.ones(3).long())),
+        BadCall("float", TypeError, "`lam` must be a tensor", bad(partners=ROW, lam=0.3)),
+        BadCall("elsewhere", ValueError, "on the device of", bad(weights=torch.ones(3, device="meta"))),
+        BadCall("alpha", ValueError, "`alpha` must be from 0 to 1, got 1.5", bad(alpha=1.5)),
+        BadCall("nan", ValueError, "`alpha` must be from 0 to 1, got nan", bad(alpha=float("nan"))),
+        BadCall("smoothing", ValueError, "`smoothing` must be from 0 to 1", bad(smoothing=-0.1)),
+        BadCall("word", TypeError, "`smoothing` must be a number, got str", bad(smoothing="0.1")),
     ],
     bound=bound,
     inputs=lambda args, kwargs: list(args[:2]),
@@ -217,12 +226,103 @@ def test_label_and_partner_change_places():
     torch.testing.assert_close(ops.two_head_loss(*args, smoothing=0.1).loss, one, rtol=0, atol=1e-14)
 
 
-def test_no_weight_in_a_batch():
+def test_equal_weights_are_none():
+    args = list(inputs(8, 50, torch.float64))
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    plain = ops.two_head_loss(*args).loss
+    args[4] = torch.full((50,), 0.37, dtype=torch.float64)
+    equal = ops.two_head_loss(*args).loss
+    torch.testing.assert_close(equal, plain, rtol=0, atol=1e-14)
+    torch.testing.assert_close(slopes(equal, cls, dist), slopes(plain, cls, dist), rtol=0, atol=1e-16)
+
+
+def test_gradient_of_a_row_scales_with_the_weight_of_the_teachers_label():
+    args = list(inputs(8, 50, torch.float64, weighted=True, divided=True))
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    weighted = slopes(ops.two_head_loss(*args).loss, cls, dist)
+    shares = args[4][args[3]][:, None]
+    args[4] = None
+    plain = slopes(ops.two_head_loss(*args).loss, cls, dist)
+    torch.testing.assert_close(weighted[1], shares * plain[1], rtol=0, atol=1e-16)
+    assert torch.equal(weighted[0], plain[0])
+
+
+def test_all_of_the_label_is_hard_cross_entropy():
+    args = list(inputs(8, 50, torch.float64, mixed="one"))
+    args[6] = torch.ones((), dtype=torch.float64)
+    want = F.cross_entropy(args[0], args[2])
+    torch.testing.assert_close(ops.two_head_loss(*args).cls_loss, want, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", [ops.two_head_loss, reference.two_head_loss])
+@pytest.mark.parametrize("zero", ["weights", "divisor"])
+def test_no_weight_in_a_batch(zero, form):
     args = inputs(4, 5, torch.float32)
     cls, dist = (t.requires_grad_() for t in args[:2])
-    out = ops.two_head_loss(cls, dist, *args[2:4], torch.zeros(5))
+    kwargs = {"weights": torch.zeros(5)} if zero == "weights" else {"divisor": torch.zeros(())}
+    out = form(cls, dist, *args[2:4], **kwargs)
     assert out.dist_loss.item() == 0
     assert slopes(out.loss, cls, dist)[1].abs().max() == 0
+
+
+def test_reference_passes_no_gradient_to_weights_share_or_divisor():
+    args = inputs(6, 20, torch.float64, weighted=True, mixed="rows", divided=True)
+    given = [args[i].requires_grad_() for i in (4, 6, 7)]
+    cls = args[0].requires_grad_()
+    loss = reference.two_head_loss(*args).loss
+    assert torch.autograd.grad(loss, given, allow_unused=True, retain_graph=True) == (None, None, None)
+    assert slopes(loss, cls)[0].abs().max() > 0
+
+
+def test_reference_leaves_no_label_out():
+    z, labels = torch.zeros(2, 5), torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        reference.two_head_loss(z, z, labels, torch.tensor([0, -100]))
+
+
+@pytest.mark.parametrize("form", [ops.two_head_loss, reference.two_head_loss])
+def test_no_weight_in_a_batch_whatever_the_logits(form):
+    cls, dist, labels, teacher, *_ = inputs(4, 5, torch.float32)
+    dist[1, 2] = float("nan")
+    assert form(cls, dist, labels, teacher, torch.zeros(5)).dist_loss.item() == 0
+
+
+def test_an_empty_batch_costs_nothing():
+    cls, dist = (torch.zeros(0, 5, requires_grad=True) for _ in range(2))
+    none = torch.zeros(0, dtype=torch.long)
+    out = ops.two_head_loss(cls, dist, none, torch.zeros(0, 5))
+    assert [part.item() for part in out[:3]] == [0, 0, 0]
+    assert out.teacher_labels.shape == (0,)
+    assert [tuple(slope.shape) for slope in slopes(out.loss, cls, dist)] == [(0, 5), (0, 5)]
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_extra_memory_is_the_two_gradients(classes):
+    """And of each row four statistics, the teacher's label and, during the forward, three numbers."""
+    args = inputs(32, classes, torch.float32, logits=True, weighted=True, mixed="one")
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    run = lambda: slopes(ops.two_head_loss(*args, smoothing=0.1).loss, cls, dist)  # noqa: E731
+    assert peak_bytes(run, lambda: None, "cpu") <= 2 * cls.nbytes + 32 * (4 * 4 + 8 + 3 * 4) + 64
+
+
+def test_second_derivatives_are_refused():
+    args = inputs(3, 4, torch.float64)
+    cls = args[0].requires_grad_()
+    (slope,) = torch.autograd.grad(ops.two_head_loss(*args).loss.square(), cls, create_graph=True)
+    with pytest.raises(NotImplementedError, match="two_head_loss_backward: second derivatives"):
+        slope.sum().backward()
+
+
+@pytest.mark.skipif("cuda" not in devices(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "name", ["dist_logits", "labels", "teacher", "weights", "partners", "lam", "divisor"]
+)
+def test_what_was_left_on_the_host_is_named(name):
+    names = ("cls_logits", "dist_logits", "labels", "teacher", "weights", "partners", "lam", "divisor")
+    args = inputs(4, 5, torch.float32, logits=True, weighted=True, mixed="one", divided=True)
+    call = {key: value if key == name else value.cuda() for key, value in zip(names, args, strict=True)}
+    with pytest.raises(ValueError, match=f"`{name}` must be on the device of"):
+        ops.two_head_loss(**call)
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
@@ -308,5 +408,11 @@ def test_labels_out_of_range_make_nan():
     assert out.cls_loss.isnan()
     assert out.dist_loss.isfinite()
     assert slopes(out.cls_loss, cls)[0].isnan().all(1).tolist() == [False, True, True]
-    out = ops.two_head_loss(cls, dist, right, wrong, torch.ones(5))
-    assert out.dist_loss.isnan()
+    out = ops.two_head_loss(cls, dist, right, right, partners=wrong, lam=torch.tensor(0.3))
+    assert out.cls_loss.isnan()
+    assert slopes(out.cls_loss, cls)[0].isnan().all(1).tolist() == [False, True, True]
+    for weights in (None, torch.ones(5)):
+        assert ops.two_head_loss(cls, dist, right, wrong, weights).dist_loss.isnan()
+    # One row suffices, and -1 is no class either.
+    last = torch.tensor([0, 1, -1])
+    assert ops.two_head_loss(cls, dist, right, right, partners=last, lam=torch.tensor(0.3)).loss.isnan()

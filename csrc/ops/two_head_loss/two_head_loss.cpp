@@ -24,9 +24,18 @@ Tensor dense(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A kernel would read host memory as the device's.
+void check_device(const Tensor& tensor, const Tensor& cls, const char* name) {
+    STD_TORCH_CHECK(
+        tensor.is_cpu() == cls.is_cpu() && tensor.get_device_index() == cls.get_device_index(),
+        kName, ": ", name, " must be on the device of the logits");
+}
+
 // On CUDA a label out of range is the kernels' affair: looking would wait for the device.
-Tensor dense_labels(const Tensor& labels, const char* name, int64_t rows,
-                    [[maybe_unused]] int64_t classes) {
+Tensor dense_labels(const Tensor& labels, const Tensor& cls, const char* name) {
+    const int64_t rows = cls.size(0);
+    [[maybe_unused]] const int64_t classes = cls.size(1);
+    check_device(labels, cls, name);
     STD_TORCH_CHECK(
         labels.dim() == 1 && labels.size(0) == rows && labels.scalar_type() == DType::Long, kName,
         ": ", name, " must be int64, one a row");
@@ -64,6 +73,7 @@ TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
     };
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
     const auto sums = [&](const Tensor& tensor, const char* name) {
+        check_device(tensor, cls, name);
         STD_TORCH_CHECK(tensor.scalar_type() == wide, kName, ": ", name,
                         " must be float32, or float64 beside float64 logits");
         return keep(dense(tensor));
@@ -72,7 +82,7 @@ TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
     p.cls_stride = row_stride(held.back());
     p.dist = keep(with_dense_rows(dist));
     p.dist_stride = row_stride(held.back());
-    p.labels = static_cast<const int64_t*>(keep(dense_labels(labels, "labels", p.rows, p.classes)));
+    p.labels = static_cast<const int64_t*>(keep(dense_labels(labels, cls, "labels")));
     if (weights.has_value()) {
         STD_TORCH_CHECK(weights->dim() == 1 && weights->size(0) == p.classes, kName,
                         ": weights must have an entry a class");
@@ -81,8 +91,7 @@ TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
     STD_TORCH_CHECK(partners.has_value() == lam.has_value(), kName,
                     ": partners and lam go together");
     if (partners.has_value()) {
-        p.partners = static_cast<const int64_t*>(
-            keep(dense_labels(*partners, "partners", p.rows, p.classes)));
+        p.partners = static_cast<const int64_t*>(keep(dense_labels(*partners, cls, "partners")));
         STD_TORCH_CHECK(lam->numel() == 1 || (lam->dim() == 1 && lam->size(0) == p.rows), kName,
                         ": lam must be one number or one a row");
         p.lam = sums(*lam, "lam");
@@ -117,16 +126,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     if (logits) {
         STD_TORCH_CHECK(teacher.size(0) == p.rows && teacher.size(1) == p.classes, kName,
                         ": teacher logits must have the shape of the others");
+        check_device(teacher, cls, "teacher");
         p.teacher_type = float_type(kName, teacher);
         held.push_back(with_dense_rows(teacher));
         p.teacher = held.back().data_ptr();
         p.teacher_stride = row_stride(held.back());
     } else {
-        const Tensor given = dense_labels(teacher, "teacher", p.rows, p.classes);
+        const Tensor given = dense_labels(teacher, cls, "teacher");
         Tensor copy = chosen;
         torch::stable::copy_(copy, given);
     }
     if (divisor.has_value()) {
+        check_device(*divisor, cls, "divisor");
         STD_TORCH_CHECK(divisor->numel() == 1 && divisor->scalar_type() == wide, kName,
                         ": divisor must be one number of the dtype of sums");
         held.push_back(dense(*divisor));
@@ -158,32 +169,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     return {loss, cls_loss, dist_loss, chosen, stats, total};
 }
 
-std::tuple<Tensor, Tensor> two_head_loss_backward(Tensor grad, Tensor grad_c, Tensor grad_d,
-                                                  Tensor cls, Tensor dist, Tensor labels,
-                                                  Tensor chosen, Tensor stats, Tensor total,
-                                                  MaybeTensor weights, MaybeTensor partners,
-                                                  MaybeTensor lam, double alpha, double smoothing) {
+std::tuple<Tensor, Tensor> two_head_loss_backward(MaybeTensor grad, MaybeTensor grad_c,
+                                                  MaybeTensor grad_d, Tensor cls, Tensor dist,
+                                                  Tensor labels, Tensor chosen, Tensor stats,
+                                                  Tensor total, MaybeTensor weights,
+                                                  MaybeTensor partners, MaybeTensor lam,
+                                                  double alpha, double smoothing) {
     TensorList held;
     TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
-    for (const Tensor* scalar : {&grad, &grad_c, &grad_d, &total}) {
-        STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == wide, kName,
+    const auto number = [&](const Tensor& tensor) {
+        check_device(tensor, cls, "gradients of losses");
+        STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == wide, kName,
                         ": gradients of losses must be single numbers of the dtype of sums");
-    }
+        return tensor.data_ptr();
+    };
+    const auto given = [&](const MaybeTensor& tensor) {
+        return tensor.has_value() ? number(*tensor) : nullptr;
+    };
+    check_device(stats, cls, "statistics");
     STD_TORCH_CHECK(
         stats.numel() == 4 * p.rows && stats.is_contiguous() && stats.scalar_type() == wide, kName,
         ": statistics must be those of the forward pass");
-    const Tensor found = dense_labels(chosen, "teacher", p.rows, p.classes);
+    const Tensor found = dense_labels(chosen, cls, "teacher");
     const Tensor grad_cls = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     const Tensor grad_dist = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     p.chosen = static_cast<int64_t*>(found.data_ptr());
     p.peaks = stats.data_ptr();
     p.log_sums =
         static_cast<char*>(stats.data_ptr()) + 2 * p.rows * (p.type == FloatType::kFloat64 ? 8 : 4);
-    p.total = total.data_ptr();
-    p.grad = grad.data_ptr();
-    p.grad_c = grad_c.data_ptr();
-    p.grad_d = grad_d.data_ptr();
+    p.total = number(total);
+    p.grad = given(grad);
+    p.grad_c = given(grad_c);
+    p.grad_d = given(grad_d);
     p.grad_cls = grad_cls.data_ptr();
     p.grad_dist = grad_dist.data_ptr();
     if (p.rows == 0) {
@@ -210,10 +228,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
         "Tensor? weights, Tensor? partners, Tensor? lam, Tensor? divisor, float alpha, float "
         "smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "two_head_loss_backward(Tensor grad, Tensor grad_cls_loss, Tensor grad_dist_loss, Tensor "
-        "cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher_labels, Tensor statistics, "
-        "Tensor total, Tensor? weights, Tensor? partners, Tensor? lam, float alpha, float "
-        "smoothing) -> (Tensor, Tensor)");
+        "two_head_loss_backward(Tensor? grad, Tensor? grad_cls_loss, Tensor? grad_dist_loss, "
+        "Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher_labels, Tensor "
+        "statistics, Tensor total, Tensor? weights, Tensor? partners, Tensor? lam, float alpha, "
+        "float smoothing) -> (Tensor, Tensor)");
 }
 #endif
 

@@ -30,7 +30,7 @@ struct TwoHeadLoss {
     void* cls_loss;
     void* dist_loss;
     void* total;         // A: what the weighted sum was divided by
-    const void* grad;    // A, of loss; backward
+    const void* grad;    // A, of loss; backward, or null: none, as the next two
     const void* grad_c;  // of cls_loss
     const void* grad_d;  // of dist_loss
     void* grad_cls;      // T [rows, classes]

@@ -242,15 +242,18 @@ static void grads(const TwoHeadLoss& p, int64_t row) {
     with_sums(p, [&]<typename A, typename T>(Type<A>, Type<T>) {
         const A* peaks = static_cast<const A*>(p.peaks);
         const A* log_sums = static_cast<const A*>(p.log_sums);
-        const A grad = *static_cast<const A*>(p.grad);
+        const auto given = [](const void* grad) {
+            return grad == nullptr ? A(0) : *static_cast<const A*>(grad);
+        };
+        const A grad = given(p.grad);
         const int64_t chosen = p.chosen[row];
         const A weight = p.weights == nullptr ? A(1) : static_cast<const A*>(p.weights)[chosen];
-        grads_of_row<A>(
-            static_cast<const T*>(p.cls) + row * p.cls_stride,
-            static_cast<T*>(p.grad_cls) + row * p.classes, p.classes, peaks[row], log_sums[row],
-            two_heads::cls_slope(p, grad, *static_cast<const A*>(p.grad_c)), target_of<A>(p, row));
-        const A slope = two_heads::dist_slope(p, grad, *static_cast<const A*>(p.grad_d),
-                                              *static_cast<const A*>(p.total));
+        grads_of_row<A>(static_cast<const T*>(p.cls) + row * p.cls_stride,
+                        static_cast<T*>(p.grad_cls) + row * p.classes, p.classes, peaks[row],
+                        log_sums[row], two_heads::cls_slope(p, grad, given(p.grad_c)),
+                        target_of<A>(p, row));
+        const A slope =
+            two_heads::dist_slope(p, grad, given(p.grad_d), *static_cast<const A*>(p.total));
         grads_of_row<A>(static_cast<const T*>(p.dist) + row * p.dist_stride,
                         static_cast<T*>(p.grad_dist) + row * p.classes, p.classes,
                         peaks[p.rows + row], log_sums[p.rows + row], weight * slope,

@@ -125,15 +125,22 @@ PVF_DEVICE int64_t argmax(const T* row, int64_t classes) {
     return -int64_t{Mine::max(mine ? place : kNowhere, kNowhere)};
 }
 
+PVF_DEVICE bool is_class(const TwoHeadLoss& p, int64_t c) { return c >= 0 && c < p.classes; }
+
+// A partner that is no class must not pass for none.
 template <typename A>
 PVF_DEVICE Target<A> target_of_row(const TwoHeadLoss& p, int64_t row) {
     const bool mixed = p.partners != nullptr;
+    const int64_t partner = mixed ? load(p.partners + row) : 0;
     return two_heads::target_of(
-        p, load(p.labels + row), mixed ? load(p.partners + row) : 0,
+        p, load(p.labels + row), is_class(p, partner) ? partner : p.classes,
         mixed ? load(static_cast<const A*>(p.lam) + row * p.lam_step) : A(1));
 }
 
-PVF_DEVICE bool is_class(const TwoHeadLoss& p, int64_t c) { return c >= 0 && c < p.classes; }
+template <typename A>
+PVF_DEVICE A given(const void* grad) {
+    return grad == nullptr ? A(0) : load(static_cast<const A*>(grad));
+}
 
 // The logit of a class over the peak; NaN where there is no such class.
 template <typename A, typename T>
@@ -248,18 +255,18 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2)
     constexpr A kNaN = A(NAN);
     const A* peaks = static_cast<const A*>(p.peaks);
     const A* log_sums = static_cast<const A*>(p.log_sums);
-    const A grad = load(static_cast<const A*>(p.grad));
+    const A grad = given<A>(p.grad);
     const Target<A> target = target_of_row<A>(p, row);
     const bool known =
         is_class(p, target.label) && (p.partners == nullptr || is_class(p, target.partner));
-    const A cls_slope = two_heads::cls_slope(p, grad, load(static_cast<const A*>(p.grad_c)));
+    const A cls_slope = two_heads::cls_slope(p, grad, given<A>(p.grad_c));
     grads_of_row<A, T, kVector, kBlock>(static_cast<const T*>(p.cls) + row * p.cls_stride,
                                         static_cast<T*>(p.grad_cls) + row * p.classes, p.classes,
                                         load(peaks + row), load(log_sums + row),
                                         known ? cls_slope : kNaN, target);
     const int64_t chosen = load(p.chosen + row);
-    const A dist_slope = two_heads::dist_slope(p, grad, load(static_cast<const A*>(p.grad_d)),
-                                               load(static_cast<const A*>(p.total)));
+    const A dist_slope =
+        two_heads::dist_slope(p, grad, given<A>(p.grad_d), load(static_cast<const A*>(p.total)));
     grads_of_row<A, T, kVector, kBlock>(
         static_cast<const T*>(p.dist) + row * p.dist_stride,
         static_cast<T*>(p.grad_dist) + row * p.classes, p.classes, load(peaks + p.rows + row),
