@@ -146,8 +146,9 @@ def two_head_loss(
             nothing is read out of range.
 
     Softmax and sums are float32 for 16-bit logits, also under autocast. Where the sum of weights or the
-    divisor is 0, :math:`L_d` is 0 with a gradient of 0; both losses of an empty batch are 0. The order of all
-    sums depends on the shapes alone, so the bits do not depend on threads or runs.
+    divisor is 0, :math:`L_d` is 0, with a gradient of 0 for finite logits. Both losses of an empty batch are
+    0. The order of all sums depends on the shapes alone, so the bits do not depend on threads or runs. On the
+    CPU the gradients are made in the forward and held until the backward.
 
     Source:
         DeiT-LT (Rangwani et al., CVPR 2024), eq. 1 to 3 with the weighted mean of the released code; Mixup
@@ -180,6 +181,7 @@ def two_head_loss(
             _number(divisor, wide),
             alpha,
             smoothing,
+            False,
         )
     except Exception:
         # The kernels' own checks are enough, and free; these here find the words.
@@ -191,13 +193,14 @@ def two_head_loss(
 def _fake(cls: Tensor, dist: Tensor, labels: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _check(cls, dist, labels, teacher, *rest[:4])
     wide = torch.float64 if cls.dtype == torch.float64 else torch.float32
-    batch = cls.shape[0]
+    batch, classes = cls.shape
     losses = [cls.new_empty((), dtype=wide) for _ in range(3)]
     return (
         *losses,
         cls.new_empty((batch,), dtype=torch.int64),
         cls.new_empty((4, batch), dtype=wide),
         cls.new_empty((), dtype=wide),
+        *(cls.new_empty((batch if rest[-1] and cls.is_cpu else 0, classes)) for _ in range(2)),
     )
 
 
@@ -206,44 +209,65 @@ def _fake_backward(grad: Any, grad_c: Any, grad_d: Any, cls: Tensor, *_: Any) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing = inputs
-    chosen, statistics, total = output[3:]
-    ctx.mark_non_differentiable(chosen, statistics, total)
+    cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing, _ = inputs
+    chosen, statistics, total = output[3:6]
+    ctx.mark_non_differentiable(*output[3:])
     # A loss that is not used has no gradient, instead of one of zeros that a kernel would have to write.
     ctx.set_materialize_grads(False)
-    optional = (weights, partners, lam)
-    ctx.present = [t is not None for t in optional]
-    ctx.save_for_backward(
-        cls, dist, labels, chosen, statistics, total, *(t for t in optional if t is not None)
-    )
+    _save(ctx, cls, dist, labels, chosen, statistics, total, weights, partners, lam)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.present = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+
+
+def _slopes(ctx: Any, *grads: Tensor | None) -> Any:
+    saved = iter(ctx.saved_tensors)
+    kept = [next(saved) if present else None for present in ctx.present]
+    return torch.ops.pyvitfast.two_head_loss_backward.default(*grads, *kept, ctx.alpha, ctx.smoothing)
 
 
 def _backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, *_: Any) -> tuple[Any, ...]:
-    saved, rest = ctx.saved_tensors[:6], iter(ctx.saved_tensors[6:])
-    optional = [next(rest) if present else None for present in ctx.present]
-    slopes = torch.ops.pyvitfast.two_head_loss_backward(
-        grad, grad_c, grad_d, *saved, *optional, ctx.alpha, ctx.smoothing
-    )
+    slopes = _slopes(ctx, grad, grad_c, grad_d)
     wanted = [s if need else None for s, need in zip(slopes, ctx.needs_input_grad[:2], strict=True)]
-    return (*wanted, *[None] * 8)
+    return (*wanted, *[None] * 9)
 
 
 class _Eager(torch.autograd.Function):
-    """The gradients that are registered, without Python's part of the dispatcher: half of a small call."""
+    """The gradients that are registered, without Python's part of the dispatcher: half of a small call.
+
+    On the CPU those of the loss are made in the forward, where each row is in the cache.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing, _ = inputs
+        both = cls.requires_grad and dist.requires_grad
         with torch._C._AutoDispatchBelowAutograd():
-            return _checks.call(NAME)(*inputs)
-
-    setup_context = staticmethod(_setup_context)
+            found = _checks.call(NAME)(*inputs[:-1], both)
+        *results, statistics, total, grad_cls, grad_dist = found
+        ctx.made = (grad_cls, grad_dist) if len(grad_cls) else None
+        ctx.mark_non_differentiable(results[3])
+        ctx.set_materialize_grads(False)
+        _save(ctx, cls, dist, labels, results[3], statistics, total, weights, partners, lam)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, *rest: Any) -> Any:
         if torch.is_grad_enabled():
-            return _backward(ctx, *grads)  # which refuses second derivatives
+            return _backward(ctx, grad, grad_c, grad_d, *rest)  # which refuses second derivatives
+        # Given away once: a caller may write into gradients.
+        made, ctx.made = ctx.made, None
         with torch._C._AutoDispatchBelowAutograd():
-            return _backward(ctx, *grads)
+            if made is None or grad is None or not (grad_c is None and grad_d is None):
+                return _backward(ctx, grad, grad_c, grad_d, *rest)
+            if grad.item() != 1:
+                if made[0].dtype not in (torch.float32, torch.float64):
+                    return _backward(ctx, grad, grad_c, grad_d, *rest)  # scaled before they are rounded
+                for slope in made:
+                    slope.mul_(grad)
+            return (*made, *[None] * 9)
 
 
 differentiable(

@@ -325,12 +325,80 @@ def test_what_was_left_on_the_host_is_named(name):
         ops.two_head_loss(**call)
 
 
-def test_a_graph_that_is_kept_gives_the_same_gradients_again():
-    args = inputs(6, 20, torch.float32, weighted=True)
+@pytest.mark.parametrize("classes", [1, 20, 23, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(dtype, classes):
+    """The first are made in the forward on the CPU, the next in the backward."""
+    args = inputs(6, classes, dtype, logits=True, weighted=True, mixed="rows")
     cls, dist = (t.requires_grad_() for t in args[:2])
-    loss = 65536 * ops.two_head_loss(cls, dist, *args[2:]).loss
+    loss = ops.two_head_loss(cls, dist, *args[2:], smoothing=0.1).loss
     first = torch.autograd.grad(loss, (cls, dist), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, slopes(loss, cls, dist), strict=True))
+    again = torch.autograd.grad(loss, (cls, dist), retain_graph=True)
+    unit = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(again, first, rtol=unit, atol=unit * 1e-1)
+    for slope in first:
+        slope.fill_(7.0)
+    assert all(torch.equal(a, b) for a, b in zip(again, slopes(loss, cls, dist), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [65536.0, 2.0**-10, -1.0, 0.0])
+def test_gradient_that_comes_in_is_a_factor(dtype, scale):
+    """A loss scale lifts gradients that would be 0 in float16, before they are rounded."""
+    args = inputs(64, 100, dtype, weighted=True, mixed="one")
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    exact = [t.detach().double().requires_grad_() for t in (cls, dist)]
+    want = slopes(scale * by_formula(*exact, *args[2:], 0.5, 0.1), *exact)
+    found = slopes(scale * ops.two_head_loss(cls, dist, *args[2:], smoothing=0.1).loss, cls, dist)
+    unit = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    for got, expected in zip(found, want, strict=True):
+        least = 6e-8 if dtype == torch.float16 else 0
+        torch.testing.assert_close(got.double(), expected, rtol=unit, atol=least + unit * abs(scale) * 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("head", [0, 1])
+def test_one_head_may_be_frozen(head, scale):
+    args = list(inputs(6, 20, torch.float64, weighted=True))
+    args[head].requires_grad_()
+    twins = [t.detach().clone().requires_grad_() for t in args[:2]]
+    want = slopes(scale * by_formula(*twins, *args[2:], 0.5, 0.0), *twins)[head]
+    (scale * ops.two_head_loss(*args).loss).backward()
+    torch.testing.assert_close(args[head].grad, want, rtol=0, atol=1e-15)
+    assert args[1 - head].grad is None
+
+
+def test_gradients_add_up_over_steps():
+    """What the forward made is not written into by the next step's."""
+    args = inputs(6, 20, torch.float64)
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    (once,) = torch.autograd.grad(by_formula(cls, dist, *args[2:], 0.5, 0.0), cls)
+    for _ in range(3):
+        ops.two_head_loss(*args).loss.backward()
+    torch.testing.assert_close(cls.grad, 3 * once, rtol=0, atol=1e-15)
+
+
+def test_two_losses_at_once():
+    args = inputs(6, 20, torch.float64, weighted=True)
+    cls, dist = (t.requires_grad_() for t in args[:2])
+    out = ops.two_head_loss(*args, alpha=0.3)
+    found = torch.autograd.grad([out.loss, out.cls_loss], [cls, dist])
+    want = slopes(by_formula(*args, 0.3, 0.0), cls, dist)
+    want[0] = want[0] + slopes(F.cross_entropy(cls, args[2]), cls)[0]
+    torch.testing.assert_close(list(found), want, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_op_that_makes_gradients(dtype, batch):
+    args = inputs(batch, 33, dtype, logits=True, weighted=True, mixed="one", divided=True)
+    op = torch.ops.pyvitfast.two_head_loss.default
+    # Fake tensors of the CPU stand for its kernels alone.
+    kinds = ("test_schema",) if EMULATED else ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*args, 0.5, 0.1, True), test_utils=kinds)
+    plain, made = op(*args, 0.5, 0.1, False), op(*args, 0.5, 0.1, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:6], made[:6], strict=True))
+    assert [t.shape[0] for t in made[6:]] == [0 if EMULATED else batch] * 2
 
 
 def test_all_losses_have_gradients():

@@ -112,11 +112,13 @@ void for_rows(const TwoHeadLoss& p, const F& f) {
 }
 #endif
 
-// loss, cls_loss, dist_loss, the teacher's labels; for the backward pass peaks and logarithms of
-// sums [4, B], and what the weighted sum was divided by.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
+// loss, cls_loss, dist_loss, the teacher's labels; for the backward pass peaks and sums
+// [4, B], and what the weighted sum was divided by; with `gradients` those of loss, which the CPU
+// makes while a row is in its cache: they are [0, C] elsewhere.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     Tensor cls, Tensor dist, Tensor labels, Tensor teacher, MaybeTensor weights,
-    MaybeTensor partners, MaybeTensor lam, MaybeTensor divisor, double alpha, double smoothing) {
+    MaybeTensor partners, MaybeTensor lam, MaybeTensor divisor, double alpha, double smoothing,
+    bool gradients) {
     TensorList held;
     TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
@@ -151,22 +153,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     const Tensor total = empty_quickly(cls, {}, wide);
     p.chosen = static_cast<int64_t*>(chosen.data_ptr());
     p.peaks = stats.data_ptr();
-    p.log_sums = static_cast<char*>(stats.data_ptr()) + 2 * p.rows * width;
+    p.sums = static_cast<char*>(stats.data_ptr()) + 2 * p.rows * width;
     p.parts = parts.data_ptr();
     p.loss = loss.data_ptr();
     p.cls_loss = cls_loss.data_ptr();
     p.dist_loss = dist_loss.data_ptr();
     p.total = total.data_ptr();
+    const int64_t graded = PVF_CPU_KERNELS && gradients ? p.rows : 0;
+    const Tensor grad_cls = empty_quickly(cls, {graded, p.classes}, cls.scalar_type());
+    const Tensor grad_dist = empty_quickly(cls, {graded, p.classes}, cls.scalar_type());
 #if PVF_CPU_KERNELS
     const auto& kernels = PVF_CPU_KERNELS_OF(two_head_loss_cpu);
-    for_rows(p, [&](int64_t row) { kernels.row(p, row); });
+    const double one = 1;
+    const float narrow_one = 1;
+    if (graded > 0) {
+        p.grad = wide == DType::Double ? static_cast<const void*>(&one) : &narrow_one;
+        p.grad_cls = grad_cls.data_ptr();
+        p.grad_dist = grad_dist.data_ptr();
+    }
+    // What a gradient is divided by depends on the labels of all rows.
+    const bool ahead = logits && p.weights != nullptr && p.divisor == nullptr;
+    if (ahead) {
+        for_rows(p, [&](int64_t row) { kernels.choose(p, row); });
+    }
+    kernels.divide(p);
+    for_rows(p, [&](int64_t row) {
+        if (logits && !ahead) {
+            kernels.choose(p, row);
+        }
+        kernels.row(p, row);
+    });
     kernels.finish(p);
 #else
     check_grid(kName, two_head_loss_blocks(p.rows, p.classes));
     LaunchScope scope(cls);
     check_launch(kName, two_head_loss_cuda(p, scope.stream()));
 #endif
-    return {loss, cls_loss, dist_loss, chosen, stats, total};
+    return {loss, cls_loss, dist_loss, chosen, stats, total, grad_cls, grad_dist};
 }
 
 std::tuple<Tensor, Tensor> two_head_loss_backward(MaybeTensor grad, MaybeTensor grad_c,
@@ -196,7 +219,7 @@ std::tuple<Tensor, Tensor> two_head_loss_backward(MaybeTensor grad, MaybeTensor 
     const Tensor grad_dist = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     p.chosen = static_cast<int64_t*>(found.data_ptr());
     p.peaks = stats.data_ptr();
-    p.log_sums =
+    p.sums =
         static_cast<char*>(stats.data_ptr()) + 2 * p.rows * (p.type == FloatType::kFloat64 ? 8 : 4);
     p.total = number(total);
     p.grad = given(grad);
@@ -226,7 +249,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
     m.def(
         "two_head_loss(Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher, "
         "Tensor? weights, Tensor? partners, Tensor? lam, Tensor? divisor, float alpha, float "
-        "smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "smoothing, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor)");
     m.def(
         "two_head_loss_backward(Tensor? grad, Tensor? grad_cls_loss, Tensor? grad_dist_loss, "
         "Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher_labels, Tensor "

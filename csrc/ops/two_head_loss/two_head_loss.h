@@ -24,8 +24,8 @@ struct TwoHeadLoss {
     const void* weights;  // A [classes], or null
     const void* divisor;  // A: of the weighted sum; null: the sum of weights
     void* peaks;          // A [2, rows]: greatest logit of each head
-    void* log_sums;       // A [2, rows]: log of the sum of exp(logit - peak)
-    void* parts;          // A [3, rows]: CLS loss, weighted DIST loss, weight
+    void* sums;           // A [2, rows]: of exp(logit - peak)
+    void* parts;          // A [3, rows]: CLS loss, weighted DIST loss; CUDA: weight
     void* loss;           // A
     void* cls_loss;
     void* dist_loss;
@@ -51,6 +51,9 @@ PVF_HOST_DEVICE int64_t two_head_loss_blocks(int64_t rows, int64_t classes) {
 }
 
 struct TwoHeadLossCpu {
+    void (*choose)(const TwoHeadLoss&, int64_t row);
+    void (*divide)(const TwoHeadLoss&);  // total, from the labels chosen
+    // Also the gradients, where there is a place for them.
     void (*row)(const TwoHeadLoss&, int64_t row);
     void (*finish)(const TwoHeadLoss&);
     void (*grads)(const TwoHeadLoss&, int64_t row);

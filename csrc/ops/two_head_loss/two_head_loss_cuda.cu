@@ -74,7 +74,7 @@ struct Seen {
 template <typename A>
 struct RowSums {
     A peak;
-    A log_sum;
+    A sum;
     A shifted_sum;
 };
 
@@ -103,7 +103,7 @@ PVF_DEVICE RowSums<A> sums_of_row(const T* row, int64_t classes) {
     const A shifted = Mine::sum(seen.shifted);
     // An infinite peak has no distance to others.
     const A none = peak - peak;
-    return {peak, log(sum) + none, shifted};
+    return {peak, sum + none, shifted};
 }
 
 template <typename A, typename T, int kVector, bool kBlock>
@@ -181,17 +181,17 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2) row_kernel(const __grid_constan
     const Target<A> target = target_of_row<A>(p, row);
     const A weight = weight_of<A>(p, chosen);
     A* peaks = static_cast<A*>(p.peaks);
-    A* log_sums = static_cast<A*>(p.log_sums);
+    A* sums = static_cast<A*>(p.sums);
     A* parts = static_cast<A*>(p.parts);
     store(peaks + row, one.peak);
     store(peaks + p.rows + row, two.peak);
-    store(log_sums + row, one.log_sum);
-    store(log_sums + p.rows + row, two.log_sum);
+    store(sums + row, one.sum);
+    store(sums + p.rows + row, two.sum);
     store(parts + row,
           two_heads::cross_entropy(
-              target, one.log_sum, one.shifted_sum, over_peak(p, cls, target.label, one.peak),
+              target, log(one.sum), one.shifted_sum, over_peak(p, cls, target.label, one.peak),
               p.partners == nullptr ? A(0) : over_peak(p, cls, target.partner, one.peak)));
-    store(parts + p.rows + row, weight * (two.log_sum - over_peak(p, dist, chosen, two.peak)));
+    store(parts + p.rows + row, weight * (log(two.sum) - over_peak(p, dist, chosen, two.peak)));
     store(parts + 2 * p.rows + row, weight);
     if (p.teacher != nullptr) {
         store(p.chosen + row, chosen);
@@ -228,16 +228,17 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 1)
 }
 
 template <typename A, typename T, int kVector, bool kBlock>
-PVF_DEVICE void grads_of_row(const T* row, T* out, int64_t classes, A peak, A log_sum, A slope,
+PVF_DEVICE void grads_of_row(const T* row, T* out, int64_t classes, A peak, A sum, A slope,
                              const Target<A>& target) {
     using Mine = Team<kBlock>;
+    const A share = A(1) / sum;
     for (int64_t c = int64_t{Mine::thread()} * kVector; c < classes;
          c += Mine::kThreads * kVector) {
         const auto values = load_vec<kVector>(row + c);
         Vec<T, kVector> grads;
         PVF_UNROLL
         for (int k = 0; k < kVector; ++k) {
-            const A p = exponential(static_cast<A>(to_float(values[k])) - peak - log_sum);
+            const A p = share * exponential(static_cast<A>(to_float(values[k])) - peak);
             grads[k] = from_float<T>(slope * (p - target.at(c + k)));
         }
         store_vec(out + c, grads);
@@ -254,7 +255,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2)
     }
     constexpr A kNaN = A(NAN);
     const A* peaks = static_cast<const A*>(p.peaks);
-    const A* log_sums = static_cast<const A*>(p.log_sums);
+    const A* sums = static_cast<const A*>(p.sums);
     const A grad = given<A>(p.grad);
     const Target<A> target = target_of_row<A>(p, row);
     const bool known =
@@ -262,7 +263,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2)
     const A cls_slope = two_heads::cls_slope(p, grad, given<A>(p.grad_c));
     grads_of_row<A, T, kVector, kBlock>(static_cast<const T*>(p.cls) + row * p.cls_stride,
                                         static_cast<T*>(p.grad_cls) + row * p.classes, p.classes,
-                                        load(peaks + row), load(log_sums + row),
+                                        load(peaks + row), load(sums + row),
                                         known ? cls_slope : kNaN, target);
     const int64_t chosen = load(p.chosen + row);
     const A dist_slope =
@@ -270,7 +271,7 @@ PVF_KERNEL PVF_LAUNCH_BOUNDS(kTwoHeadThreads, 2)
     grads_of_row<A, T, kVector, kBlock>(
         static_cast<const T*>(p.dist) + row * p.dist_stride,
         static_cast<T*>(p.grad_dist) + row * p.classes, p.classes, load(peaks + p.rows + row),
-        load(log_sums + p.rows + row),
+        load(sums + p.rows + row),
         is_class(p, chosen) ? dist_slope * weight_of<A>(p, chosen) : kNaN,
         Target<A>{chosen, -1, A(1), A(0), A(0)});
 }
