@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -358,11 +358,6 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
         "balanced_softmax": lambda: methods.BalancedSoftmaxLoss(counts),
     }
     accelerator = job.accelerator
-    if s.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--set teacher_batch_size={s.batch_size} must be a multiple of the {accelerator.num_processes} "
-            "processes."
-        )
     loop = Loop(s, data, job.folder, accelerator, job.reporter, job.loop.stop)
     loop.results = job.loop.results
     accelerator.gradient_accumulation_steps = 1
@@ -411,6 +406,12 @@ def _check(model: nn.Module, settings: Settings, data: Data) -> None:
         open_teacher(s, data, model)
     else:
         check_batch_size(data, teacher_settings(s), "--set teacher_batch_size=")
+        world = PartialState().num_processes
+        if s.teacher_batch_size % world:
+            raise UserError(
+                f"--set teacher_batch_size={s.teacher_batch_size} must be a multiple of the {world} "
+                "processes."
+            )
         make_teacher(s, data)
 
 

@@ -186,11 +186,6 @@ class Loop:
         self.results: dict[str, Any] = {}
         self._mixup: timm.data.Mixup | None = None
         if settings.mixup > 0 or settings.cutmix > 0:
-            if settings.batch_size // world % 2:
-                raise UserError(
-                    f"--batch-size {settings.batch_size} over {world} process(es) must give each an even "
-                    "number of images with mixup or cutmix."
-                )
             self._mixup = timm.data.Mixup(
                 mixup_alpha=settings.mixup,
                 cutmix_alpha=settings.cutmix,

@@ -103,6 +103,15 @@ def accelerator_for(settings: Settings) -> Accelerator:
     return accelerator
 
 
+def check_pairs(settings: Settings, world: int) -> None:
+    """Raise UserError where mixup or cutmix would leave an image of a process's batch without a partner."""
+    if (settings.mixup > 0 or settings.cutmix > 0) and settings.batch_size // world % 2:
+        raise UserError(
+            f"--batch-size {settings.batch_size} over {world} process(es) must give each an even number of "
+            "images with mixup or cutmix."
+        )
+
+
 def _gather(names: list[str]) -> list[str]:
     joined: list[str] = gather_object(names)
     return joined
@@ -159,6 +168,7 @@ def _job(
             if resume:
                 settings, snapshot = folder.resume(given)
             accelerator = accelerator_for(settings)
+            check_pairs(settings, accelerator.num_processes)
             data = open_data(settings, _gather)
             check_batch_size(data, settings)
             if snapshot is not None:

@@ -134,6 +134,7 @@ def test_steps_of_class_sizes():
 )
 def test_bad_flags_say_what_is_wrong(flags, line, refused, tmp_path):
     assert line in refused("distill", *flags, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_half_precision_does_not_go_with_sam():
