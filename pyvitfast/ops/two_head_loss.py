@@ -41,9 +41,9 @@ def _share(name: str, value: float) -> float:
 
 def _number(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     # What is no float tensor is for the checks to refuse.
-    if value is None or not value.is_floating_point():
+    if value is None or value.dtype == dtype or not value.is_floating_point():
         return value
-    return value if value.dtype == dtype and not value.requires_grad else value.detach().to(dtype)
+    return value.to(dtype)
 
 
 def _check(
@@ -160,32 +160,36 @@ def two_head_loss(
         >>> out.dist_loss - out.cls_loss
         tensor(2.)
     """
-    op = _checks.call(NAME)
     alpha, smoothing = _share("alpha", alpha), _share("smoothing", smoothing)
-    inputs = (cls_logits, dist_logits, labels, teacher, weights, partners, lam, divisor)
-    if torch.compiler.is_compiling():
-        _check(*inputs)
+    given = (labels, teacher, weights, partners, lam, divisor)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        _check(cls_logits, dist_logits, *given)
     try:
         wide = torch.float64 if cls_logits.dtype == torch.float64 else torch.float32
-        differentiates = torch.is_grad_enabled() and (cls_logits.requires_grad or dist_logits.requires_grad)
-        if differentiates and not torch.compiler.is_compiling():
-            op = _Eager.apply
+        numbers = [_number(value, wide) for value in (weights, lam, divisor)]
+        differentiates = cls_logits.requires_grad or dist_logits.requires_grad
+        if differentiates and torch.is_grad_enabled() and not compiling:
+            call = (labels, teacher, numbers[0], partners, *numbers[1:], alpha, smoothing)
+            return TwoHeadLoss(*_Eager.apply(cls_logits, dist_logits, call))
+        constants = [t if t is None or not t.requires_grad else t.detach() for t in (teacher, *numbers)]
+        op = _checks.call(NAME)
         found = op(
             cls_logits,
             dist_logits,
             labels,
-            teacher.detach() if teacher.requires_grad else teacher,
-            _number(weights, wide),
+            constants[0],
+            constants[1],
             partners,
-            _number(lam, wide),
-            _number(divisor, wide),
+            *constants[2:],
             alpha,
             smoothing,
             False,
         )
     except Exception:
         # The kernels' own checks are enough, and free; these here find the words.
-        _check(*inputs)
+        _checks.call(NAME)
+        _check(cls_logits, dist_logits, *given)
         raise
     return TwoHeadLoss(*found[:4])
 
@@ -194,13 +198,12 @@ def _fake(cls: Tensor, dist: Tensor, labels: Tensor, teacher: Tensor, *rest: Any
     _check(cls, dist, labels, teacher, *rest[:4])
     wide = torch.float64 if cls.dtype == torch.float64 else torch.float32
     batch, classes = cls.shape
-    losses = [cls.new_empty((), dtype=wide) for _ in range(3)]
+    made = rest[-1] and cls.is_cpu
     return (
-        *losses,
+        *(cls.new_empty((), dtype=wide) for _ in range(3)),
         cls.new_empty((batch,), dtype=torch.int64),
-        cls.new_empty((4, batch), dtype=wide),
-        cls.new_empty((), dtype=wide),
-        *(cls.new_empty((batch if rest[-1] and cls.is_cpu else 0, classes)) for _ in range(2)),
+        cls.new_empty((1 if made else 4 * batch + 1,), dtype=wide),
+        *(cls.new_empty((batch if made else 0, classes)) for _ in range(2)),
     )
 
 
@@ -208,66 +211,59 @@ def _fake_backward(grad: Any, grad_c: Any, grad_d: Any, cls: Tensor, *_: Any) ->
     return cls.new_empty(cls.shape), cls.new_empty(cls.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing, _ = inputs
-    chosen, statistics, total = output[3:6]
-    ctx.mark_non_differentiable(*output[3:])
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
     # A loss that is not used has no gradient, instead of one of zeros that a kernel would have to write.
     ctx.set_materialize_grads(False)
-    _save(ctx, cls, dist, labels, chosen, statistics, total, weights, partners, lam)
+    ctx.save_for_backward(*tensors)
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.present = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing, _ = inputs
+    ctx.mark_non_differentiable(*output[3:])
+    _save(ctx, cls, dist, labels, *output[3:5], weights, partners, lam)
 
 
-def _slopes(ctx: Any, *grads: Tensor | None) -> Any:
-    saved = iter(ctx.saved_tensors)
-    kept = [next(saved) if present else None for present in ctx.present]
-    return torch.ops.pyvitfast.two_head_loss_backward.default(*grads, *kept, ctx.alpha, ctx.smoothing)
+def _slopes(ctx: Any, *grads: Any) -> list[Tensor | None]:
+    op = torch.ops.pyvitfast.two_head_loss_backward.default
+    slopes = op(*grads[:3], *ctx.saved_tensors, ctx.alpha, ctx.smoothing)
+    return [s if need else None for s, need in zip(slopes, ctx.needs_input_grad[:2], strict=True)]
 
 
-def _backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, *_: Any) -> tuple[Any, ...]:
-    slopes = _slopes(ctx, grad, grad_c, grad_d)
-    wanted = [s if need else None for s, need in zip(slopes, ctx.needs_input_grad[:2], strict=True)]
-    return (*wanted, *[None] * 9)
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    return (*_slopes(ctx, *grads), *[None] * 9)
 
 
 class _Eager(torch.autograd.Function):
     """The gradients that are registered, without Python's part of the dispatcher: half of a small call.
 
-    On the CPU those of the loss are made in the forward, where each row is in the cache.
+    On the CPU those of the loss are made in the forward, where each row is in the cache. What has no gradient
+    comes as one argument, since each costs.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        cls, dist, labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing, _ = inputs
+    def forward(ctx: Any, cls: Tensor, dist: Tensor, call: tuple[Any, ...]) -> Any:
         both = cls.requires_grad and dist.requires_grad
         with torch._C._AutoDispatchBelowAutograd():
-            found = _checks.call(NAME)(*inputs[:-1], both)
-        *results, statistics, total, grad_cls, grad_dist = found
-        ctx.made = (grad_cls, grad_dist) if len(grad_cls) else None
-        ctx.mark_non_differentiable(results[3])
-        ctx.set_materialize_grads(False)
-        _save(ctx, cls, dist, labels, results[3], statistics, total, weights, partners, lam)
-        return tuple(results)
+            found = torch.ops.pyvitfast.two_head_loss.default(cls, dist, *call, both)
+        loss, cls_loss, dist_loss, chosen, statistics, grad_cls, grad_dist = found
+        ctx.made = (grad_cls, grad_dist, None) if len(grad_cls) else None
+        labels, _, weights, partners, lam, _, ctx.alpha, ctx.smoothing = call
+        ctx.mark_non_differentiable(chosen)
+        _save(ctx, cls, dist, labels, chosen, statistics, weights, partners, lam)
+        return loss, cls_loss, dist_loss, chosen
 
     @staticmethod
-    def backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, *rest: Any) -> Any:
-        if torch.is_grad_enabled():
-            return _backward(ctx, grad, grad_c, grad_d, *rest)  # which refuses second derivatives
+    def backward(ctx: Any, grad: Any, grad_c: Any, grad_d: Any, _: Any) -> Any:
         # Given away once: a caller may write into gradients.
         made, ctx.made = ctx.made, None
-        with torch._C._AutoDispatchBelowAutograd():
-            if made is None or grad is None or not (grad_c is None and grad_d is None):
-                return _backward(ctx, grad, grad_c, grad_d, *rest)
-            if grad.item() != 1:
-                if made[0].dtype not in (torch.float32, torch.float64):
-                    return _backward(ctx, grad, grad_c, grad_d, *rest)  # scaled before they are rounded
-                for slope in made:
-                    slope.mul_(grad)
-            return (*made, *[None] * 9)
+        alone = grad is not None and grad_c is None and grad_d is None
+        # Second derivatives are for the op to refuse, and 16-bit gradients are scaled before rounding.
+        if made is not None and alone and not torch.is_grad_enabled():
+            if grad.item() == 1:
+                return made
+            if made[0].dtype in (torch.float32, torch.float64):
+                return made[0].mul_(grad), made[1].mul_(grad), None
+        return (*_slopes(ctx, grad, grad_c, grad_d), None)
 
 
 differentiable(

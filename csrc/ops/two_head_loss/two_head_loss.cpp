@@ -102,27 +102,61 @@ TwoHeadLoss sized(const Tensor& cls, const Tensor& dist, const Tensor& labels,
 
 #if PVF_CPU_KERNELS
 template <typename F>
-void for_rows(const TwoHeadLoss& p, const F& f) {
+void for_rows(const TwoHeadLoss& p, int64_t first, int64_t last, const F& f) {
     const int64_t grain = std::max<int64_t>(1, 8192 / p.classes);
-    torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             f(row);
         }
     });
 }
+
+// Whatever the number of threads, losses are added in the order of the rows; a block of rows at a
+// time, so that they need no memory but the stack's.
+void losses_of(const TwoHeadLossCpu& kernels, const TwoHeadLoss& p, bool choose) {
+    constexpr int64_t kBlock = 1024;
+    TwoHeadRow losses[kBlock];
+    double cls_sum = 0;
+    double dist_sum = 0;
+    for (int64_t first = 0; first < p.rows; first += kBlock) {
+        const int64_t last = std::min(p.rows, first + kBlock);
+        for_rows(p, first, last, [&](int64_t row) {
+            if (choose) {
+                kernels.choose(p, row);
+            }
+            losses[row - first] = kernels.row(p, row);
+        });
+        for (int64_t row = first; row < last; ++row) {
+            cls_sum += losses[row - first].cls;
+            dist_sum += losses[row - first].dist;
+        }
+    }
+    kernels.finish(p, cls_sum, dist_sum);
+}
 #endif
 
-// loss, cls_loss, dist_loss, the teacher's labels; for the backward pass peaks and sums
-// [4, B], and what the weighted sum was divided by; with `gradients` those of loss, which the CPU
-// makes while a row is in its cache: they are [0, C] elsewhere.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
+// statistics: peaks [2, B], sums [2, B], and what the weighted sum was divided by. The CPU makes
+// them anew with gradients that it has made once, and keeps the last alone.
+void set_statistics(TwoHeadLoss& p, const Tensor& statistics) {
+    const int64_t width = p.type == FloatType::kFloat64 ? 8 : 4;
+    char* at = static_cast<char*>(statistics.data_ptr());
+    if (statistics.numel() > 1) {
+        p.peaks = at;
+        p.sums = at + 2 * p.rows * width;
+    }
+    p.total = at + (statistics.numel() - 1) * width;
+}
+
+// loss, cls_loss, dist_loss, the teacher's labels, and for the backward pass statistics; with
+// `gradients` those of loss, which the CPU makes while a row is in its cache: they are [0, C]
+// elsewhere.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_head_loss(
     Tensor cls, Tensor dist, Tensor labels, Tensor teacher, MaybeTensor weights,
     MaybeTensor partners, MaybeTensor lam, MaybeTensor divisor, double alpha, double smoothing,
     bool gradients) {
     TensorList held;
     TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
-    const int64_t width = p.type == FloatType::kFloat64 ? 8 : 4;
     const bool logits = teacher.dim() == 2;
     const Tensor chosen = empty_quickly(cls, {p.rows}, DType::Long);
     if (logits) {
@@ -145,28 +179,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_h
         held.push_back(dense(*divisor));
         p.divisor = held.back().data_ptr();
     }
-    const Tensor stats = empty_quickly(cls, {4, p.rows}, wide);
-    const Tensor parts = empty_quickly(cls, {3, p.rows}, wide);
+    const bool graded = PVF_CPU_KERNELS && gradients;
+    const Tensor statistics = empty_quickly(cls, {graded ? 1 : 4 * p.rows + 1}, wide);
+    set_statistics(p, statistics);
     const Tensor loss = empty_quickly(cls, {}, wide);
     const Tensor cls_loss = empty_quickly(cls, {}, wide);
     const Tensor dist_loss = empty_quickly(cls, {}, wide);
-    const Tensor total = empty_quickly(cls, {}, wide);
     p.chosen = static_cast<int64_t*>(chosen.data_ptr());
-    p.peaks = stats.data_ptr();
-    p.sums = static_cast<char*>(stats.data_ptr()) + 2 * p.rows * width;
-    p.parts = parts.data_ptr();
     p.loss = loss.data_ptr();
     p.cls_loss = cls_loss.data_ptr();
     p.dist_loss = dist_loss.data_ptr();
-    p.total = total.data_ptr();
-    const int64_t graded = PVF_CPU_KERNELS && gradients ? p.rows : 0;
-    const Tensor grad_cls = empty_quickly(cls, {graded, p.classes}, cls.scalar_type());
-    const Tensor grad_dist = empty_quickly(cls, {graded, p.classes}, cls.scalar_type());
+    const int64_t graded_rows = graded ? p.rows : 0;
+    const Tensor grad_cls = empty_quickly(cls, {graded_rows, p.classes}, cls.scalar_type());
+    const Tensor grad_dist = empty_quickly(cls, {graded_rows, p.classes}, cls.scalar_type());
 #if PVF_CPU_KERNELS
     const auto& kernels = PVF_CPU_KERNELS_OF(two_head_loss_cpu);
     const double one = 1;
     const float narrow_one = 1;
-    if (graded > 0) {
+    if (graded) {
         p.grad = wide == DType::Double ? static_cast<const void*>(&one) : &narrow_one;
         p.grad_cls = grad_cls.data_ptr();
         p.grad_dist = grad_dist.data_ptr();
@@ -174,54 +204,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> two_h
     // What a gradient is divided by depends on the labels of all rows.
     const bool ahead = logits && p.weights != nullptr && p.divisor == nullptr;
     if (ahead) {
-        for_rows(p, [&](int64_t row) { kernels.choose(p, row); });
+        for_rows(p, 0, p.rows, [&](int64_t row) { kernels.choose(p, row); });
     }
     kernels.divide(p);
-    for_rows(p, [&](int64_t row) {
-        if (logits && !ahead) {
-            kernels.choose(p, row);
-        }
-        kernels.row(p, row);
-    });
-    kernels.finish(p);
+    losses_of(kernels, p, logits && !ahead);
 #else
+    const Tensor parts = empty_quickly(cls, {3, p.rows}, wide);
+    p.parts = parts.data_ptr();
     check_grid(kName, two_head_loss_blocks(p.rows, p.classes));
     LaunchScope scope(cls);
     check_launch(kName, two_head_loss_cuda(p, scope.stream()));
 #endif
-    return {loss, cls_loss, dist_loss, chosen, stats, total, grad_cls, grad_dist};
+    return {loss, cls_loss, dist_loss, chosen, statistics, grad_cls, grad_dist};
 }
 
 std::tuple<Tensor, Tensor> two_head_loss_backward(MaybeTensor grad, MaybeTensor grad_c,
                                                   MaybeTensor grad_d, Tensor cls, Tensor dist,
-                                                  Tensor labels, Tensor chosen, Tensor stats,
-                                                  Tensor total, MaybeTensor weights,
-                                                  MaybeTensor partners, MaybeTensor lam,
-                                                  double alpha, double smoothing) {
+                                                  Tensor labels, Tensor chosen, Tensor statistics,
+                                                  MaybeTensor weights, MaybeTensor partners,
+                                                  MaybeTensor lam, double alpha, double smoothing) {
     TensorList held;
     TwoHeadLoss p = sized(cls, dist, labels, weights, partners, lam, alpha, smoothing, held);
     const DType wide = p.type == FloatType::kFloat64 ? DType::Double : DType::Float;
-    const auto number = [&](const Tensor& tensor) {
-        check_device(tensor, cls, "gradients of losses");
-        STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == wide, kName,
+    const auto given = [&](const MaybeTensor& tensor) -> const void* {
+        if (!tensor.has_value()) {
+            return nullptr;
+        }
+        check_device(*tensor, cls, "gradients of losses");
+        STD_TORCH_CHECK(tensor->numel() == 1 && tensor->scalar_type() == wide, kName,
                         ": gradients of losses must be single numbers of the dtype of sums");
-        return tensor.data_ptr();
+        return tensor->data_ptr();
     };
-    const auto given = [&](const MaybeTensor& tensor) {
-        return tensor.has_value() ? number(*tensor) : nullptr;
-    };
-    check_device(stats, cls, "statistics");
+    check_device(statistics, cls, "statistics");
     STD_TORCH_CHECK(
-        stats.numel() == 4 * p.rows && stats.is_contiguous() && stats.scalar_type() == wide, kName,
-        ": statistics must be those of the forward pass");
+        (statistics.numel() == 4 * p.rows + 1 || (PVF_CPU_KERNELS && statistics.numel() == 1)) &&
+            statistics.is_contiguous() && statistics.scalar_type() == wide,
+        kName, ": statistics must be those of the forward pass");
+    set_statistics(p, statistics);
     const Tensor found = dense_labels(chosen, cls, "teacher");
     const Tensor grad_cls = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     const Tensor grad_dist = empty_quickly(cls, {p.rows, p.classes}, cls.scalar_type());
     p.chosen = static_cast<int64_t*>(found.data_ptr());
-    p.peaks = stats.data_ptr();
-    p.sums =
-        static_cast<char*>(stats.data_ptr()) + 2 * p.rows * (p.type == FloatType::kFloat64 ? 8 : 4);
-    p.total = number(total);
     p.grad = given(grad);
     p.grad_c = given(grad_c);
     p.grad_d = given(grad_d);
@@ -232,7 +255,7 @@ std::tuple<Tensor, Tensor> two_head_loss_backward(MaybeTensor grad, MaybeTensor 
     }
 #if PVF_CPU_KERNELS
     const auto& kernels = PVF_CPU_KERNELS_OF(two_head_loss_cpu);
-    for_rows(p, [&](int64_t row) { kernels.grads(p, row); });
+    for_rows(p, 0, p.rows, [&](int64_t row) { kernels.grads(p, row); });
 #else
     check_grid(kName, two_head_loss_blocks(p.rows, p.classes));
     LaunchScope scope(cls);
@@ -249,12 +272,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvitfast, m) {
     m.def(
         "two_head_loss(Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher, "
         "Tensor? weights, Tensor? partners, Tensor? lam, Tensor? divisor, float alpha, float "
-        "smoothing, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)");
+        "smoothing, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "two_head_loss_backward(Tensor? grad, Tensor? grad_cls_loss, Tensor? grad_dist_loss, "
         "Tensor cls_logits, Tensor dist_logits, Tensor labels, Tensor teacher_labels, Tensor "
-        "statistics, Tensor total, Tensor? weights, Tensor? partners, Tensor? lam, float alpha, "
+        "statistics, Tensor? weights, Tensor? partners, Tensor? lam, float alpha, "
         "float smoothing) -> (Tensor, Tensor)");
 }
 #endif

@@ -23,9 +23,9 @@ struct TwoHeadLoss {
     int64_t* chosen;      // the teacher's labels; written where there are logits
     const void* weights;  // A [classes], or null
     const void* divisor;  // A: of the weighted sum; null: the sum of weights
-    void* peaks;          // A [2, rows]: greatest logit of each head
+    void* peaks;          // A [2, rows]: greatest logit of each head; CPU: null where not kept
     void* sums;           // A [2, rows]: of exp(logit - peak)
-    void* parts;          // A [3, rows]: CLS loss, weighted DIST loss; CUDA: weight
+    void* parts;          // CUDA: A [3, rows]: CLS loss, weighted DIST loss, weight
     void* loss;           // A
     void* cls_loss;
     void* dist_loss;
@@ -50,12 +50,17 @@ PVF_HOST_DEVICE int64_t two_head_loss_blocks(int64_t rows, int64_t classes) {
     return (rows + rows_of_block - 1) / rows_of_block;
 }
 
+struct TwoHeadRow {
+    double cls;
+    double dist;  // weighted
+};
+
 struct TwoHeadLossCpu {
     void (*choose)(const TwoHeadLoss&, int64_t row);
     void (*divide)(const TwoHeadLoss&);  // total, from the labels chosen
     // Also the gradients, where there is a place for them.
-    void (*row)(const TwoHeadLoss&, int64_t row);
-    void (*finish)(const TwoHeadLoss&);
+    TwoHeadRow (*row)(const TwoHeadLoss&, int64_t row);
+    void (*finish)(const TwoHeadLoss&, double cls_sum, double dist_sum);
     void (*grads)(const TwoHeadLoss&, int64_t row);
 };
 
