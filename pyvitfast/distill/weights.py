@@ -23,12 +23,22 @@ def checked_counts(counts: Counts, owner: str, empty: str, empties: tuple[str, .
         empties: what ``empty`` may be.
 
     Raises:
+        TypeError: what is no list, array or tensor of numbers.
         ValueError: not one dimension, no class, a count that is negative or not finite, an unknown ``empty``,
             or an empty class where that is an error.
     """
     if empty not in empties:
         raise ValueError(f"{owner}: `empty` must be one of {', '.join(empties)}, got {empty!r}.")
-    n = torch.as_tensor(counts).detach().to("cpu", torch.float64)
+    try:
+        given = torch.as_tensor(counts).detach()
+    except (TypeError, ValueError, RuntimeError) as error:  # torch knows many words for it
+        raise TypeError(
+            f"{owner}: `counts` must be a list, an array or a tensor of numbers, one a class, got "
+            f"{type(counts).__name__}: {error}."
+        ) from error
+    if given.is_complex():
+        raise TypeError(f"{owner}: `counts` must be real, got {given.dtype}.")
+    n = given.to("cpu", torch.float64)
     if n.ndim != 1 or not len(n):
         raise ValueError(f"{owner}: `counts` must be one number a class, [C], got shape {list(n.shape)}.")
     if bad := (~n.isfinite() | (n < 0)).nonzero().flatten().tolist():

@@ -3,6 +3,7 @@
 import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from timm.loss.class_weights import compute_class_weights
@@ -101,3 +102,18 @@ def test_empty_classes():
 def test_bad_values(counts, settings, message):
     with pytest.raises(ValueError, match=message):
         effective_number_weights(counts, **settings)
+
+
+@pytest.mark.parametrize(
+    "counts", [{0: 5, 1: 3}, {5, 3}, "53", ["5", "3"], [5, None], None, torch.tensor([1j, 1])]
+)
+def test_counts_that_are_no_numbers(counts):
+    with pytest.raises(TypeError, match="effective_number_weights: `counts` must be"):
+        effective_number_weights(counts)
+
+
+@pytest.mark.parametrize(
+    "counts", [(100, 10, 1), range(3, 0, -1), np.array([3, 2, 1], np.uint16), torch.ones(3)]
+)
+def test_counts_of_any_kind(counts):
+    assert torch.equal(effective_number_weights(counts), effective_number_weights([int(n) for n in counts]))
