@@ -105,3 +105,15 @@ def test_bad_predictions():
         group_accuracy(torch.zeros(3), torch.zeros(2), {})
     with pytest.raises(ValueError, match="at least 1"):
         group_accuracy(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), {})
+
+
+def test_groups_have_no_negative_classes():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="`groups` must hold class numbers from 0, got -1"):
+        group_accuracy(labels, labels, {"tail": [0, -1]})
+
+
+def test_two_heads_on_one_feature_are_refused():
+    model = timm.create_model("levit_128s", num_classes=3).eval()
+    with pytest.raises(TypeError, match="got LevitDistilled, whose two heads share a feature"):
+        head_logits(model, torch.zeros(1, 3, 224, 224))
