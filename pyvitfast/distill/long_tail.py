@@ -128,6 +128,10 @@ def checked_class_map(class_map: Sequence[int] | Tensor, classes: int) -> Tensor
     try:
         found = torch.as_tensor(class_map).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
+        if "verflow" in str(error):
+            raise ValueError(
+                f"class map: numbers must be from 0 to {classes - 1}, got one past int64."
+            ) from error
         raise TypeError(
             f"class map: it must be a list, an array or a tensor, got {type(class_map).__name__}: {error}."
         ) from error

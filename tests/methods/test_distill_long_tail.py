@@ -148,6 +148,7 @@ def test_ranks_are_stable():
         ([0, 1], r"each of the teacher's 3 classes, got shape \[2\]"),
         ([[0, 1, 2]], r"got shape \[1, 3\]"),
         ([0, 1, 3], "from 0 to 2, got 3 for class 2"),
+        ([0, 1, 10**20], "from 0 to 2, got one past int64"),
         ([0, -1, 2], "from 0 to 2, got -1 for class 1"),
         ([0, 1, 1], "each number must stand once, but 1 stands for several"),
         ([0.0, 1.0, 2.0], "numbers must be whole"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pyvitfast.distill import (
     DeiTLTConfig,
     DeiTLTLoss,
+    LDAMLoss,
     MixedLabels,
     PairedMixup,
     effective_number_weights,
@@ -315,3 +316,18 @@ def test_empty_batch_has_no_loss(norm, dense, epoch):
     found = loss((logits, logits), torch.zeros(0, 3) if dense else labels, labels)
     found.backward()
     assert found.item() == 0 and logits.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", [DeiTLTLoss, LDAMLoss])
+def test_epochs_do_not_compile_anew(kind):
+    torch._dynamo.reset()
+    loss = kind(COUNTS, drw_epoch=10)
+    arguments = (CLS.tanh(), LABELS) if kind is LDAMLoss else ((CLS, DIST), LABELS, TEACHER)
+    graphs = []
+    compiled = torch.compile(
+        loss, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]
+    )
+    for epoch in range(20):
+        loss.set_epoch(epoch)
+        near(compiled(*arguments), loss(*arguments), 1e-12)
+    assert len(graphs) == 2
