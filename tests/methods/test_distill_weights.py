@@ -117,3 +117,10 @@ def test_counts_that_are_no_numbers(counts):
 )
 def test_counts_of_any_kind(counts):
     assert torch.equal(effective_number_weights(counts), effective_number_weights([int(n) for n in counts]))
+
+
+def test_a_plain_mean_would_shrink_the_loss():
+    counts = torch.tensor(CIFAR10, dtype=torch.float64)
+    for normalize, share in ((False, 8.6e-4), (True, 0.171)):
+        weights = effective_number_weights(CIFAR10, normalize=normalize)
+        assert float((counts * weights).sum() / counts.sum()) == pytest.approx(share, rel=2e-3)
