@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from pyvitfast.models.modules import unwrap
+from pyvitfast.models.vision_transformer import PrunedAttention
 
 
 class FeatureRanks(NamedTuple):
@@ -26,7 +28,7 @@ class FeatureRanks(NamedTuple):
 
 
 @contextmanager
-def _observed(model: nn.Module, prefix: int) -> Iterator[Any]:
+def _observed(model: nn.Module, prefix: int, distilled: bool = False) -> Iterator[Any]:
     """The timm model inside, in eval mode and without gradients, put back at the end."""
     inner: Any = unwrap(model)
     if not hasattr(inner, "blocks") or getattr(inner, "num_prefix_tokens", 0) < prefix:
@@ -34,13 +36,19 @@ def _observed(model: nn.Module, prefix: int) -> Iterator[Any]:
             f"analysis: `model` must be a timm Vision Transformer with {prefix} or more tokens before its "
             f"patches, got {type(inner).__name__} with {getattr(inner, 'num_prefix_tokens', 0)}."
         )
-    training = inner.training
+    if distilled and not hasattr(inner, "dist_token"):
+        raise TypeError(
+            f"analysis: `model` must have a distillation token, got {type(inner).__name__}, whose second "
+            "token is another."
+        )
+    training = {module: module.training for module in inner.modules()}
     inner.eval()
     try:
         with torch.no_grad():
             yield inner
     finally:
-        inner.train(training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def expert_diversity(model: nn.Module, images: Tensor) -> float:
@@ -56,7 +64,7 @@ def expert_diversity(model: nn.Module, images: Tensor) -> float:
     Source:
         DeiT-LT (Rangwani et al., CVPR 2024): 0.01 for DeiT at most, up to 0.43 for DeiT-LT on CIFAR-10-LT.
     """
-    with _observed(model, 2) as inner:
+    with _observed(model, 2, distilled=True) as inner:
         features = inner.forward_features(images)
         return 1 - float(F.cosine_similarity(features[:, 0], features[:, 1], eps=1e-6).double().mean())
 
@@ -82,7 +90,7 @@ def feature_rank(model: nn.Module, loader: Iterable[Any], threshold: float = 0.9
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"feature_rank: `threshold` must be above 0 and up to 1, got {threshold!r}.")
-    with _observed(model, 2) as inner:
+    with _observed(model, 2, distilled=True) as inner:
         seen: list[Tensor] = []
         hooks = [b.register_forward_hook(lambda _m, _a, out: seen.append(out[:, :2])) for b in inner.blocks]
         count, shift, total, products = 0, None, None, None
@@ -90,6 +98,7 @@ def feature_rank(model: nn.Module, loader: Iterable[Any], threshold: float = 0.9
             for batch in loader:
                 seen.clear()
                 inner.forward_features(batch if isinstance(batch, Tensor) else batch[0])
+                _check_blocks(inner, len(seen))
                 x = torch.stack(seen).transpose(1, 2).double()  # [blocks, B, 2, D] to [blocks, 2, B, D]
                 # Products around the first batch's mean keep their digits where the mean is large.
                 shift = x.mean(2, keepdim=True) if shift is None else shift
@@ -114,6 +123,12 @@ def feature_rank(model: nn.Module, loader: Iterable[Any], threshold: float = 0.9
 
 def _attention_maps(model: Any, images: Tensor) -> list[Tensor]:
     """Attention [B, heads, N, N] of each block, which fused attention does not give away: taken from qkv."""
+    for block in model.blocks:
+        # Others add positions, turn queries and keys, or mix heads: that is not in qkv.
+        if not isinstance(attn := getattr(block, "attn", None), Attention | PrunedAttention):
+            raise TypeError(
+                f"analysis: `model` must have plain attention in each block, got {type(attn).__name__}."
+            )
     inputs: list[Tensor] = []
     hooks = [b.attn.register_forward_pre_hook(lambda _m, args: inputs.append(args[0])) for b in model.blocks]
     try:
@@ -121,6 +136,7 @@ def _attention_maps(model: Any, images: Tensor) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+    _check_blocks(model, len(inputs))
     maps = []
     for block, x in zip(model.blocks, inputs, strict=True):
         attn = block.attn
@@ -149,7 +165,7 @@ def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
         float32 [blocks, heads] on the CPU, unsorted; NaN behind the last head of a block that has fewer.
 
     Raises:
-        TypeError: a model without blocks.
+        TypeError: a model without blocks of plain attention.
 
     Source:
         DeiT-LT (Rangwani et al., CVPR 2024), blocks 1 and 2: local heads; Dosovitskiy et al., ICLR 2021.
@@ -184,7 +200,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
         float32 [B, T, rows, columns] for the T tokens before the patches: CLS first, then DIST.
 
     Raises:
-        TypeError: a model without such a token.
+        TypeError: a model without such a token, or without blocks of plain attention.
 
     Source:
         Abnar and Zuidema, Quantifying Attention Flow in Transformers, ACL 2020.
@@ -197,6 +213,14 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
             flow = (attention.mean(1) + identity) / 2 @ flow
         first = inner.num_prefix_tokens
         return flow[:, :first, first:].reshape(len(images), first, *_grid(inner, images))
+
+
+def _check_blocks(model: Any, ran: int) -> None:
+    if ran != len(model.blocks):
+        raise TypeError(
+            f"analysis: `model` must run its {len(model.blocks)} blocks one after the other on all tokens, "
+            f"got {type(model).__name__}, which runs {ran} of them so."
+        )
 
 
 def _grid(model: Any, images: Tensor) -> tuple[int, int]:

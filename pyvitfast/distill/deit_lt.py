@@ -110,17 +110,17 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
                 have equally many.
 
         Returns:
-            float32 []: the mean of the micro-batches' sums of weights, also over processes. With it, the mean
+            float64 []: the mean of the micro-batches' sums of weights, also over processes. With it, the mean
             of micro-batch losses, which is what accumulation and DDP make, is the loss of one large batch.
         """
-        sums = [self._weights(labels.device)[labels].sum() for labels in teacher_labels]
+        sums = [self._weights(labels.device, torch.float64)[labels].sum() for labels in teacher_labels]
         mean = torch.stack(sums).mean()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         return mean
 
-    def _weights(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         return self.class_weights.to(device, dtype)
 
     def forward(
@@ -210,10 +210,11 @@ class DeiTLTLoss(nn.Module, DeferredReweighting):
             raise ValueError(
                 f"DeiTLTLoss: `target` must be probabilities {list(cls.shape)}, got {list(target.shape)}."
             )
-        cls_loss = -(target.to(wide) * F.log_softmax(cls.to(wide), 1)).sum(1).mean()
+        batch = max(1, len(cls))
+        cls_loss = -(target.to(wide) * F.log_softmax(cls.to(wide), 1)).sum() / batch
         rows = -F.log_softmax(distilled.to(wide), 1).gather(1, labels[:, None])[:, 0]
         if weights is None:
-            dist_loss = rows.mean()
+            dist_loss = rows.sum() / batch
         else:
             row_weights = weights[labels]
             total = row_weights.sum() if divisor is None else divisor.to(wide)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvitfast.distill.weights import Counts, checked_counts
-from pyvitfast.models.modules import both_logits
+from pyvitfast.models.modules import both_logits, unwrap
 
 GROUPS = ("head", "mid", "tail")
 # Classes of each group, by number of classes: CIFAR-10, CIFAR-100, ImageNet-LT, iNaturalist-2018.
@@ -40,9 +40,17 @@ def head_logits(model: nn.Module, images: Tensor) -> HeadLogits:
         model: with two heads, wrapped by ``torch.compile`` or DistributedDataParallel or not. A model with
             one has the same logits three times.
         images: [B, C, H, W].
+
+    Raises:
+        TypeError: a model with two heads on one pooled feature, such as timm's LeViT.
     """
     logits = both_logits(model, images)
     if isinstance(logits, Tensor):
+        if hasattr(inner := unwrap(model), "set_distilled_training"):
+            raise TypeError(
+                f"head_logits: `model` must be a VisionTransformerDistilled or have one head, got "
+                f"{type(inner).__name__}, whose two heads share a feature."
+            )
         return HeadLogits(logits, logits, logits)
     return HeadLogits(*logits, (logits[0] + logits[1]) / 2)
 
@@ -101,7 +109,7 @@ def group_accuracy(
         By name. Classes without test images are left out, and so are groups of such classes only.
 
     Raises:
-        ValueError: no images, or shapes that differ.
+        ValueError: no images, shapes that differ, or a negative class in a group.
     """
     if predictions.ndim == 2:
         predictions = predictions.argmax(1)
@@ -113,6 +121,8 @@ def group_accuracy(
     hits = predictions == labels
     found = {"overall": 100 * float(hits.double().mean())}
     members = [c for group in groups.values() for c in group]
+    if min(members, default=0) < 0:
+        raise ValueError(f"group_accuracy: `groups` must hold class numbers from 0, got {min(members)}.")
     classes = max([int(labels.max()), *members]) + 1
     total = labels.bincount(minlength=classes).double()
     right = labels[hits].bincount(minlength=classes).double()

@@ -65,7 +65,8 @@ class LDAMLoss(nn.Module, DeferredReweighting):
         self.scale = scale
         n = checked_counts(class_counts, "LDAMLoss", empty)
         roots = torch.where(n > 0, n.clamp(min=1) ** -0.25, 0.0)
-        self.register_buffer("margins", roots * (max_margin / roots.max()), persistent=False)
+        largest = roots.max().clamp(min=torch.finfo(roots.dtype).tiny)  # 0 where all classes are empty
+        self.register_buffer("margins", roots * (max_margin / largest), persistent=False)
         weights = effective_number_weights(class_counts, beta, empty)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -75,6 +76,8 @@ class LDAMLoss(nn.Module, DeferredReweighting):
         Args:
             cosines: [B, C] in [-1, 1], of a :class:`CosineClassifier`.
             labels: int64 [B].
+
+        An empty batch, or one whose weights are all 0, has a loss of 0.
 
         Raises:
             ValueError: another number of columns than classes.
@@ -88,5 +91,9 @@ class LDAMLoss(nn.Module, DeferredReweighting):
         wide = torch.promote_types(cosines.dtype, torch.float32)
         margins = self.margins.to(cosines.device, wide)
         logits = self.scale * (cosines.to(wide) - F.one_hot(labels, classes) * margins)
-        weight = self.class_weights.to(cosines.device, wide) if self.reweights else None
-        return F.cross_entropy(logits, labels, weight=weight)
+        if not self.reweights:
+            return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+        weight = self.class_weights.to(cosines.device, wide)
+        total = weight[labels].sum()
+        weighted = F.cross_entropy(logits, labels, weight=weight, reduction="sum")
+        return weighted / torch.where(total == 0, torch.ones_like(total), total)

@@ -77,9 +77,12 @@ def long_tail_indices(
         classes differ in size, none gets more than it has, and each that has an image keeps at least one.
 
     Raises:
+        TypeError: labels that are not whole numbers.
         ValueError: no labels, a negative one, or a bad ``imbalance`` or ``kind``.
     """
     array = np.asarray(labels)
+    if array.ndim == 1 and len(array) and array.dtype.kind not in "iub":
+        raise TypeError(f"long_tail_indices: `labels` must be whole numbers, got {array.dtype}.")
     if array.ndim != 1 or not len(array) or array.min() < 0:
         raise ValueError("long_tail_indices: `labels` must be class numbers from 0, at least one.")
     sizes = np.bincount(array)
@@ -119,9 +122,19 @@ def checked_class_map(class_map: Sequence[int] | Tensor, classes: int) -> Tensor
     """``class_map`` as int64 [C] on the CPU.
 
     Raises:
+        TypeError: it is no list, array or tensor of numbers.
         ValueError: it has another length, a number outside [0, C), or one twice.
     """
-    found = torch.as_tensor(class_map).cpu()
+    try:
+        found = torch.as_tensor(class_map).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        if "verflow" in str(error):
+            raise ValueError(
+                f"class map: numbers must be from 0 to {classes - 1}, got one past int64."
+            ) from error
+        raise TypeError(
+            f"class map: it must be a list, an array or a tensor, got {type(class_map).__name__}: {error}."
+        ) from error
     if found.ndim != 1 or len(found) != classes:
         raise ValueError(
             f"class map: there must be one number for each of the teacher's {classes} classes, got shape "

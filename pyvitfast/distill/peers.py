@@ -13,6 +13,12 @@ from pyvitfast.distill.mixing import MixedLabels
 from pyvitfast.distill.weights import Counts, Empty, checked_counts, effective_number_weights
 
 
+def _check_shares(owner: str, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{owner}: `{name}` must be from 0 to 1, got {value!r}.")
+
+
 def _cross_entropy(logits: Tensor, target: Tensor | MixedLabels, smoothing: float) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(target, MixedLabels):
@@ -33,7 +39,7 @@ class BalancedSoftmaxLoss(nn.Module):
         empty: a class without images is refused (``"error"``) or counted as one image (``"one"``).
 
     Raises:
-        ValueError: bad counts, or a class without images.
+        ValueError: bad counts, a class without images, or smoothing outside [0, 1].
 
     Source:
         Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020.
@@ -45,6 +51,7 @@ class BalancedSoftmaxLoss(nn.Module):
         self, class_counts: Counts, smoothing: float = 0.0, empty: Literal["error", "one"] = "error"
     ) -> None:
         super().__init__()
+        _check_shares("BalancedSoftmaxLoss", smoothing=smoothing)
         self.smoothing = smoothing
         n = checked_counts(class_counts, "BalancedSoftmaxLoss", empty, empties=("error", "one"))
         self.register_buffer("log_prior", (n / n.sum()).log(), persistent=False)
@@ -66,7 +73,7 @@ class ClassWeightedBCE(nn.Module):
         empty: classes without images, see :func:`effective_number_weights`.
 
     Raises:
-        ValueError: bad counts, or a class without images.
+        ValueError: bad counts, a class without images, or smoothing outside [0, 1).
 
     Source:
         Cui et al., CVPR 2019; ``timm.loss.BinaryCrossEntropy``, a mean over images and classes.
@@ -76,6 +83,10 @@ class ClassWeightedBCE(nn.Module):
         self, class_counts: Counts, beta: float = 0.9999, smoothing: float = 0.0, empty: Empty = "error"
     ) -> None:
         super().__init__()
+        if not 0 <= smoothing < 1:  # as timm, which asserts it
+            raise ValueError(
+                f"ClassWeightedBCE: `smoothing` must be at least 0 and below 1, got {smoothing!r}."
+            )
         weights = effective_number_weights(class_counts, beta, empty).float()
         self.loss = BinaryCrossEntropy(smoothing=smoothing, weight=weights)
 
@@ -94,12 +105,16 @@ class TwoTokenLoss(nn.Module):
         alpha: share of the DIST head.
         smoothing: label smoothing of integer and paired labels, for both heads.
 
+    Raises:
+        ValueError: alpha or smoothing outside [0, 1].
+
     Source:
         Distillation type ``none`` of DeiT-LT's released code.
     """
 
     def __init__(self, alpha: float = 0.5, smoothing: float = 0.1) -> None:
         super().__init__()
+        _check_shares("TwoTokenLoss", alpha=alpha, smoothing=smoothing)
         self.alpha, self.smoothing = alpha, smoothing
 
     def forward(self, output: tuple[Tensor, Tensor], target: Tensor | MixedLabels) -> Tensor:

@@ -9,6 +9,17 @@ import torch
 from torch import Tensor, nn
 
 _EPS = 1e-12
+# What copies and pickles take along: not a scheduler's wrapper around step(), which is bound to the original.
+_FIELDS = (
+    "base_optimizer",
+    "adaptive",
+    "skipped",
+    "_rho",
+    "_batch_norms",
+    "_weights",
+    "_kept",
+    "_statistics",
+)
 
 
 class SAM(torch.optim.Optimizer):
@@ -38,7 +49,7 @@ class SAM(torch.optim.Optimizer):
     state are as before it, and :attr:`skipped` counts it. To see that, the host waits for the device once a
     pass.
 
-    It is a torch optimizer, for schedulers, whose groups and state are the base optimizer's.
+    It is a torch optimizer, for schedulers, whose groups, state and hooks are the base optimizer's.
 
     DDP: gradients are averaged before the norm is taken, so every process makes the same e, that of the whole
     batch, as if there was one process. With accumulation, the closure makes all micro-batches of an update.
@@ -84,6 +95,18 @@ class SAM(torch.optim.Optimizer):
         self._weights: list[Tensor] = []
         self._kept: dict[Tensor, Tensor] = {}
         self._statistics: list[tuple[Tensor, Tensor]] = []
+
+    # torch's own would leave out all but groups and state, and wrap step() of every SAM in the process.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in _FIELDS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_optimizer_"):  # hooks
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def rho(self) -> float:
@@ -156,7 +179,9 @@ class SAM(torch.optim.Optimizer):
         if self.adaptive:
             torch._foreach_mul_(grads, weights)
         for p in weights:
-            if p not in self._kept:
+            kept = self._kept.get(p)
+            # A model may be cast, moved or cut between steps.
+            if kept is None or (kept.shape, kept.dtype, kept.device) != (p.shape, p.dtype, p.device):
                 self._kept[p] = torch.empty_like(p)
         torch._foreach_copy_([self._kept[p] for p in weights], weights)
         self._weights = weights

@@ -23,12 +23,22 @@ def checked_counts(counts: Counts, owner: str, empty: str, empties: tuple[str, .
         empties: what ``empty`` may be.
 
     Raises:
+        TypeError: what is no list, array or tensor of numbers.
         ValueError: not one dimension, no class, a count that is negative or not finite, an unknown ``empty``,
             or an empty class where that is an error.
     """
     if empty not in empties:
         raise ValueError(f"{owner}: `empty` must be one of {', '.join(empties)}, got {empty!r}.")
-    n = torch.as_tensor(counts).detach().to("cpu", torch.float64)
+    try:
+        given = torch.as_tensor(counts).detach()
+    except (TypeError, ValueError, RuntimeError) as error:  # torch knows many words for it
+        raise TypeError(
+            f"{owner}: `counts` must be a list, an array or a tensor of numbers, one a class, got "
+            f"{type(counts).__name__}: {error}."
+        ) from error
+    if given.is_complex():
+        raise TypeError(f"{owner}: `counts` must be real, got {given.dtype}.")
+    n = given.to("cpu", torch.float64)
     if n.ndim != 1 or not len(n):
         raise ValueError(f"{owner}: `counts` must be one number a class, [C], got shape {list(n.shape)}.")
     if bad := (~n.isfinite() | (n < 0)).nonzero().flatten().tolist():
@@ -84,21 +94,24 @@ def effective_number_weights(
 
 
 class DeferredReweighting:
-    """Class weights that a loss uses from an epoch on (DRW). Epochs count from 0."""
+    """Class weights that a loss uses from an epoch on (DRW). Epochs count from 0.
+
+    :attr:`reweights` tells whether they are in use: ``epoch >= drw_epoch``. It is kept, not worked out from
+    the epoch at each call, for ``torch.compile`` would compile anew for each epoch that it reads.
+    """
+
+    reweights: bool
 
     def __init__(self, drw_epoch: int | None) -> None:
-        self.drw_epoch, self.epoch = drw_epoch, 0
+        self.drw_epoch = drw_epoch
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch, from 0, at its start and after a resume; the phase follows from it alone."""
         if epoch < 0:
             raise ValueError(f"{type(self).__name__}: `epoch` must be at least 0, got {epoch}.")
         self.epoch = epoch
-
-    @property
-    def reweights(self) -> bool:
-        """Whether the class weights are in use: ``epoch >= drw_epoch``."""
-        return self.drw_epoch is not None and self.epoch >= self.drw_epoch
+        self.reweights = self.drw_epoch is not None and epoch >= self.drw_epoch
 
 
 def check_drw_epoch(drw_epoch: int | None, owner: str) -> None:

@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from pyvitfast.distill import attention_distance, attention_rollout, expert_diversity, feature_rank
 from pyvitfast.models.vision_transformer import two_width_attention
+from pyvitfast.tokens import to_stvit
 from tests.methods.conftest import pruned
 
 
@@ -154,3 +156,34 @@ def test_bad_calls(micro, batch):
         feature_rank(micro(distilled=True), [images], 0)
     with pytest.raises(ValueError, match="at least one batch"):
         feature_rank(micro(distilled=True), [])
+
+
+def test_modes_of_modules_are_kept(micro, batch):
+    images, _ = batch()
+    model = micro(distilled=True).train()
+    model.blocks[1].eval()
+    before = [module.training for module in model.modules()]
+    expert_diversity(model, images)
+    attention_distance(model, images)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_what_cannot_be_read_is_refused(micro):
+    images = torch.zeros(2, 3, 28, 28)
+    registers = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28, depth=1)
+    with pytest.raises(TypeError, match="must have a distillation token, got VisionTransformer"):
+        expert_diversity(registers, images)
+    with pytest.raises(TypeError, match="must have a distillation token"):
+        feature_rank(registers, [images])
+    assert attention_distance(registers, images).shape == (1, 6)
+    rotary = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1)
+    with pytest.raises(TypeError, match="plain attention in each block, got EvaAttention"):
+        attention_distance(rotary, images)
+    relative = timm.create_model("vit_relpos_small_patch16_224", img_size=32, depth=1)
+    with pytest.raises(TypeError, match="plain attention in each block, got RelPosAttention"):
+        attention_distance(relative, torch.zeros(2, 3, 32, 32))
+    tokens = to_stvit(micro(distilled=True), tokens=(2, 2))
+    small = torch.zeros(2, 1, 8, 8)
+    for read in (attention_distance, attention_rollout, lambda model, images: feature_rank(model, [images])):
+        with pytest.raises(TypeError, match="got STViTDistilled, which runs 2 of them so"):
+            read(tokens, small)

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import timm.optim
 import torch
 
 from pyvitfast.distill import class_groups, group_accuracy, head_logits, long_tail_counts
@@ -105,3 +106,26 @@ def test_bad_predictions():
         group_accuracy(torch.zeros(3), torch.zeros(2), {})
     with pytest.raises(ValueError, match="at least 1"):
         group_accuracy(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), {})
+
+
+def test_groups_have_no_negative_classes():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="`groups` must hold class numbers from 0, got -1"):
+        group_accuracy(labels, labels, {"tail": [0, -1]})
+
+
+def test_two_heads_on_one_feature_are_refused():
+    model = timm.create_model("levit_128s", num_classes=3).eval()
+    with pytest.raises(TypeError, match="got LevitDistilled, whose two heads share a feature"):
+        head_logits(model, torch.zeros(1, 3, 224, 224))
+
+
+def test_the_published_student_is_timms():
+    with torch.device("meta"):
+        student = timm.create_model("deit_base_distilled_patch16_224", num_classes=10)
+    assert sum(p.numel() for p in student.parameters()) == 85_815_572
+    optimizer = timm.optim.create_optimizer_v2(student, opt="adamw", weight_decay=0.05)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        kind = name.split(".")[-1]
+        assert (id(parameter) in decayed) == (kind == "weight" and "norm" not in name)

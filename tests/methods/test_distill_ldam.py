@@ -74,3 +74,14 @@ def test_cosine_classifier():
     expected = F.cosine_similarity(features[:, None], layer.weight.detach()[None], dim=-1)
     torch.testing.assert_close(layer(features).detach(), expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(layer(7 * features), layer(features), rtol=1e-12, atol=1e-15)
+
+
+def test_nothing_to_learn_is_a_loss_of_zero():
+    loss = LDAMLoss([100, 0, 1], empty="zero", drw_epoch=1)
+    for epoch, labels in ((0, []), (1, []), (1, [1, 1])):
+        loss.set_epoch(epoch)
+        cosines = torch.rand(len(labels), 3, requires_grad=True)
+        found = loss(cosines, torch.tensor(labels, dtype=torch.long))
+        found.backward()
+        assert found.item() == 0 and not cosines.grad.any()
+    assert LDAMLoss([0, 0], empty="zero").margins.tolist() == [0, 0]

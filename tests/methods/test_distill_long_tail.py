@@ -148,6 +148,7 @@ def test_ranks_are_stable():
         ([0, 1], r"each of the teacher's 3 classes, got shape \[2\]"),
         ([[0, 1, 2]], r"got shape \[1, 3\]"),
         ([0, 1, 3], "from 0 to 2, got 3 for class 2"),
+        ([0, 1, 10**20], "from 0 to 2, got one past int64"),
         ([0, -1, 2], "from 0 to 2, got -1 for class 1"),
         ([0, 1, 1], "each number must stand once, but 1 stands for several"),
         ([0.0, 1.0, 2.0], "numbers must be whole"),
@@ -156,3 +157,23 @@ def test_ranks_are_stable():
 def test_bad_class_maps(class_map, message):
     with pytest.raises(ValueError, match=message):
         checked_class_map(class_map, 3)
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0], ["cat", "dog"], [0, None], np.array([0.5, 1.0])])
+def test_labels_that_are_no_numbers(labels):
+    with pytest.raises(TypeError, match="`labels` must be whole numbers"):
+        long_tail_indices(labels)
+
+
+def test_labels_of_any_kind():
+    labels = [0] * 20 + [1] * 20 + [2] * 20
+    kept = long_tail_indices(labels, 10)
+    for kind in (np.int32, np.uint8, np.uint64):
+        assert long_tail_indices(np.array(labels, kind), 10) == kept
+    assert long_tail_indices(torch.tensor(labels, dtype=torch.int32), 10) == kept
+
+
+@pytest.mark.parametrize("class_map", [{0: 1, 1: 0}, "01", None])
+def test_class_maps_that_are_no_lists(class_map):
+    with pytest.raises(TypeError, match="class map: it must be a list, an array or a tensor, got"):
+        checked_class_map(class_map, 2)

@@ -66,3 +66,16 @@ def test_two_tokens_without_a_teacher():
     smooth = TwoTokenLoss()((LOGITS, LOGITS), LABELS)
     expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
     torch.testing.assert_close(smooth, expected, rtol=1e-12, atol=0)
+
+
+def test_shares_out_of_range():
+    with pytest.raises(ValueError, match="TwoTokenLoss: `alpha` must be from 0 to 1, got 1"):
+        TwoTokenLoss(1.5)
+    with pytest.raises(ValueError, match="TwoTokenLoss: `smoothing` must be from 0 to 1, got nan"):
+        TwoTokenLoss(0.5, float("nan"))
+    with pytest.raises(ValueError, match="BalancedSoftmaxLoss: `smoothing` must be from 0 to 1, got -0"):
+        BalancedSoftmaxLoss(COUNTS, -0.1)
+    with pytest.raises(
+        ValueError, match="ClassWeightedBCE: `smoothing` must be at least 0 and below 1, got 1"
+    ):
+        ClassWeightedBCE(COUNTS, smoothing=1)

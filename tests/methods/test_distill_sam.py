@@ -1,6 +1,7 @@
 """SAM and ASAM: hand-worked steps, the restore to the bit, and what must not happen."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -261,3 +262,49 @@ def test_wrong_order_is_told():
     optimizer.restore()
     with pytest.raises(TypeError, match="`closure` must be a function"):
         optimizer.step(None)
+
+
+def test_a_copy_steps_for_itself_and_leaves_others_alone():
+    optimizer, closure, x, _ = quadratic()
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps step() of the instance
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(copy.deepcopy(optimizer)))):
+        u, v = (group["params"][0] for group in twin.param_groups)
+
+        def theirs(twin=twin, u=u, v=v):
+            twin.zero_grad()
+            loss = (4 * u**2 + v**2) / 2
+            loss.backward()
+            return loss
+
+        twin.step(theirs)
+        assert twin.rho == 0.5 and not twin.adaptive
+        assert [u.item(), v.item()] == pytest.approx([0.42111456, 1.77763932], abs=5e-9)
+    assert x.item() == 1
+    optimizer.step(closure)
+    assert x.item() == pytest.approx(0.42111456, abs=5e-9)
+
+
+def test_hooks_are_the_base_optimizers():
+    optimizer, closure, *_ = quadratic()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append("kept"))
+    optimizer.step(closure)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["before", "after", "kept"]
+    assert not hasattr(optimizer, "radius")
+
+
+def test_restore_is_bitwise_after_the_model_was_cast_or_cut():
+    weight = nn.Parameter(torch.randn(4, 3))
+    sam = SAM(torch.optim.SGD([weight], 0.1), 0.5)
+    for data in (weight.data, torch.randn(4, 3, dtype=torch.float64), torch.randn(1, 3)):
+        weight.grad = None
+        weight.data = data
+        before = data.clone()
+        (weight**3).sum().backward()
+        assert sam.first_step()
+        assert not torch.equal(weight, before)
+        sam.restore()
+        assert weight.dtype == before.dtype and torch.equal(weight, before)

@@ -3,6 +3,7 @@
 import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from timm.loss.class_weights import compute_class_weights
@@ -101,3 +102,25 @@ def test_empty_classes():
 def test_bad_values(counts, settings, message):
     with pytest.raises(ValueError, match=message):
         effective_number_weights(counts, **settings)
+
+
+@pytest.mark.parametrize(
+    "counts", [{0: 5, 1: 3}, {5, 3}, "53", ["5", "3"], [5, None], None, torch.tensor([1j, 1])]
+)
+def test_counts_that_are_no_numbers(counts):
+    with pytest.raises(TypeError, match="effective_number_weights: `counts` must be"):
+        effective_number_weights(counts)
+
+
+@pytest.mark.parametrize(
+    "counts", [(100, 10, 1), range(3, 0, -1), np.array([3, 2, 1], np.uint16), torch.ones(3)]
+)
+def test_counts_of_any_kind(counts):
+    assert torch.equal(effective_number_weights(counts), effective_number_weights([int(n) for n in counts]))
+
+
+def test_a_plain_mean_would_shrink_the_loss():
+    counts = torch.tensor(CIFAR10, dtype=torch.float64)
+    for normalize, share in ((False, 8.6e-4), (True, 0.171)):
+        weights = effective_number_weights(CIFAR10, normalize=normalize)
+        assert float((counts * weights).sum() / counts.sum()) == pytest.approx(share, rel=2e-3)
