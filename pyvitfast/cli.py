@@ -90,7 +90,7 @@ Teacher = Annotated[
     str | None, typer.Option(help="Trained CNN: timm name or a file of ours.  [default: train one]")
 ]
 TeacherModel = Annotated[str | None, typer.Option(help="timm name of the CNN to train.")]
-TeacherLoss = Annotated[str | None, typer.Option(help="ldam, ce or balanced_softmax.")]
+TeacherLoss = Annotated[str | None, typer.Option(help="ldam, paco, ce or balanced_softmax.")]
 TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of the CNN.")]
 TeacherLr = Annotated[float | None, typer.Option(help="Peak learning rate of the CNN.")]
 TeacherSize = Annotated[int | None, typer.Option(help="Side of the CNN's images.  [default: its own]")]

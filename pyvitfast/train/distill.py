@@ -27,7 +27,7 @@ from pyvitfast.train.data import (
 )
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import TEACHER
-from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
+from pyvitfast.train.loop import Accuracy, Loop, Objective, Stage, evaluate
 from pyvitfast.train.run import Outcome, _Job, _job, _outcome
 from pyvitfast.train.settings import Settings
 
@@ -37,7 +37,7 @@ HEADS = ("cls", "dist", "avg")
 LOOKED_AT = 512  # test images for ranks and distances
 
 
-class TeacherObjective:
+class TeacherObjective(Objective):
     """A teacher's loss on plain labels.
 
     Args:
@@ -58,21 +58,50 @@ class TeacherObjective:
         if self.steps is not None:
             self.steps.set_epoch(epoch)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """As they are."""
-        return images, labels
-
-    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """The loss of a batch."""
-        found: Tensor = self._loss(output, target)
+        found: Tensor = self._loss(model(images), target)
         return found
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
         """Test accuracy."""
-        return self._evaluate(model), {}
+        return self._evaluate(self.network(model)), {}
 
 
-class StudentObjective:
+class PaCoObjective(TeacherObjective):
+    """PaCo on two views of each image: its encoder is the teacher, all else is state of the training.
+
+    Args:
+        paco: what is trained, and its own loss.
+        evaluate: test accuracy of the encoder.
+    """
+
+    def __init__(self, paco: methods.PaCo, evaluate: Callable[[nn.Module], Accuracy]) -> None:
+        super().__init__(paco.loss, evaluate)
+
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch of views [B, 2, C, S, S]."""
+        query, key = images.unbind(1)
+        found: Tensor = model(query, key, target)
+        return found
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """The query encoder with its classifier."""
+        paco: Any = model
+        encoder: nn.Module = paco.encoder
+        return encoder
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The key encoder, both projections, and the queue with its place."""
+        return {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+
+    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        encoder = {f"encoder.{k}": v for k, v in self.network(model).state_dict().items()}
+        model.load_state_dict({**encoder, **state_dict})
+
+
+class StudentObjective(Objective):
     """DeiT-LT: labels for the CLS head, the teacher's for the DIST head, on the same images.
 
     Args:
@@ -103,13 +132,13 @@ class StudentObjective:
             return images, labels
         return self._mixup(images, labels)
 
-    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """The loss of a batch."""
         try:
             labels = self._teacher(images)
         except ValueError as error:
             raise UserError(str(error)) from error
-        found: Tensor = self._loss(output, target, labels)
+        found: Tensor = self._loss(model(images), target, labels)
         return found
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
@@ -315,9 +344,26 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
     return cnn
 
 
+def make_paco(cnn: nn.Module, settings: Settings, counts: list[int]) -> methods.PaCo:
+    """What trains ``cnn`` by ``paco``.
+
+    Raises:
+        UserError: it cannot be trained so.
+    """
+    try:
+        return methods.PaCo(cnn, counts, settings.paco())
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"--teacher-model {settings.teacher_model} cannot be trained by paco: {reason}. Take "
+            "resnet32_cifar, resnet50, another --teacher-loss, or a trained one by --teacher FILE."
+        ) from error
+
+
 def teacher_settings(settings: Settings) -> Settings:
-    """What the teacher is trained with: SGD, weak augmentation, no mixing, one batch an update."""
+    """What the teacher is trained with: SGD, weak augmentation or views, no mixing, one batch an update."""
     s = settings
+    warmup = 5 if s.teacher_epochs >= 50 else 0
     return replace(
         s,
         model=s.teacher_model,
@@ -329,7 +375,8 @@ def teacher_settings(settings: Settings) -> Settings:
         lr=s.teacher_lr,
         weight_decay=s.teacher_weight_decay,
         sched=s.teacher_sched,
-        warmup_epochs=5 if s.teacher_epochs >= 50 else 0,
+        decay_rate=s.teacher_decay_rate,
+        warmup_epochs=warmup if s.teacher_warmup_epochs is None else s.teacher_warmup_epochs,
         min_lr=0.0,
         clip_grad=None,
         smoothing=0.0,
@@ -349,8 +396,9 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     """Train the teacher and keep it in the folder."""
     s = teacher_settings(job.settings)
     data = open_data(s)
+    contrasts = s.teacher_loss == "paco"
     cnn = job.model if job.stage == "teacher" else make_teacher(job.settings, data)
-    data.fit_to(cnn, s)
+    data.fit_to(cnn, s, s.teacher_views if contrasts else None)
     drw = round(TEACHER_DRW * s.epochs) if s.teacher_drw_epoch is None else s.teacher_drw_epoch
     losses: dict[str, Callable[[], nn.Module]] = {
         "ldam": lambda: methods.LDAMLoss(counts, s.teacher_margin, drw_epoch=drw),
@@ -361,8 +409,13 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     loop = Loop(s, data, job.folder, accelerator, job.reporter, job.loop.stop)
     loop.results = job.loop.results
     accelerator.gradient_accumulation_steps = 1
-    objective = TeacherObjective(
-        losses[s.teacher_loss](), lambda model: evaluate(model, data, s, accelerator)
+
+    def examine(model: nn.Module) -> Accuracy:
+        return evaluate(model, data, s, accelerator)
+
+    paco = make_paco(cnn, s, counts) if contrasts else None
+    objective = (
+        TeacherObjective(losses[s.teacher_loss](), examine) if paco is None else PaCoObjective(paco, examine)
     )
 
     def sharpness_aware(optimizer: Any, wrapped: nn.Module) -> SharpnessAwareSteps:
@@ -371,13 +424,14 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
 
     accuracy = loop.run(
         Stage("teacher", s.lr, s.epochs),
-        cnn,
+        cnn if paco is None else paco,
         state=job.take_state(),
+        after_update=None if paco is None else paco.advance,
         measured=sharpness_aware if s.sam_rho or s.sam_rho_steps else None,
         objective=objective,
     )
     accelerator.gradient_accumulation_steps = job.settings.grad_accum_steps
-    job.folder.save_model(cnn, TEACHER)
+    job.folder.save_model(cnn if paco is None else paco.teacher(), TEACHER)
     job.folder.log("teacher", top1=accuracy.top1, class_mean=accuracy.class_mean)
 
 
@@ -412,7 +466,9 @@ def _check(model: nn.Module, settings: Settings, data: Data) -> None:
                 f"--set teacher_batch_size={s.teacher_batch_size} must be a multiple of the {world} "
                 "processes."
             )
-        make_teacher(s, data)
+        cnn = make_teacher(s, data)
+        if s.teacher_loss == "paco":
+            make_paco(cnn, s, images_by_class(data))
 
 
 def distill(

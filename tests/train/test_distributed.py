@@ -93,3 +93,19 @@ def test_two_processes_train_the_operator_of_one(tmp_path: Path) -> None:
     a, b = (load_file(tmp_path / name / "grown.safetensors") for name in ("1", "2"))
     for key in a:
         torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-3)
+
+
+def test_two_processes_contrast_with_the_keys_of_both(tmp_path: Path) -> None:
+    """An epoch of 9 batches of 50 leaves as many keys in the queue, those of both halves of each batch."""
+    flags = ["--teacher-loss", "paco", "--teacher-epochs", 1, "--epochs", 0, "--batch-size", 100]
+    labels = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        finish("distill", *flags, "--device", "cpu", "--out", out, processes=processes)
+        states = [torch.load(path, weights_only=True) for path in (out / "checkpoints").glob("*/state.pt")]
+        (state,) = (s["objective"] for s in states if s["stage"] == "teacher")
+        assert int(state["place"]) == 450
+        assert state["queue_labels"][450:].eq(-1).all()
+        torch.testing.assert_close(state["queue"][:450].norm(dim=1), torch.ones(450))
+        labels.append(state["queue_labels"][:450].reshape(9, 50).sort(dim=1).values)
+    assert torch.equal(*labels)
