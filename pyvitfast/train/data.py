@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import auto_augment
 from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -31,6 +31,17 @@ DIGITS_TRAIN = 1300
 HOLD_OUT = 0.2
 _TRAIN_FOLDERS = ("train", "training")
 _TEST_FOLDERS = ("val", "valid", "validation", "eval", "test")
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, and a black image for the 0 bits that its strongest magnitude asks for."""
+    return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
+
+
+# Pillow 13 raises for 0 bits, so a run with the published policy would end after some hundred images.
+auto_augment.NAME_TO_OP.update(
+    {name: _posterize for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
+)
 
 # An image's place in a data set, and the seed of its augmentation; None when nothing is random.
 Key = tuple[int, int | None]
@@ -291,7 +302,7 @@ def two_views(
             transforms.RandomResizedCrop(size, interpolation=resample),
             flip,
             transforms.ColorJitter(0.4, 0.4, 0.4),
-            rand_augment_transform("rand-n2-m10-mstd0.5", strength),
+            auto_augment.rand_augment_transform("rand-n2-m10-mstd0.5", strength),
             tensor,
             normal,
         ]

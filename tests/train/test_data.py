@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data.auto_augment import AugmentOp
 
 from pyvitfast.train import Settings, UserError, open_data
 from pyvitfast.train.data import EpochBatches, check_batch_size, check_images, make_loader
@@ -224,6 +225,15 @@ def test_hugging_face_data_needs_its_package(tmp_path: Path) -> None:
             open_data(settings(data="hfds/mnist", data_dir=str(tmp_path)))
     else:
         pytest.skip("the datasets package is installed; its absence cannot be tested")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_strongest_posterize_is_black(mode: str) -> None:
+    """timm asks for 0 bits there, which Pillow 13 refuses."""
+    image = Image.new(mode, (4, 4), "white")
+    for magnitude, most in ((10, 0), (5, 0b11000000)):
+        op = AugmentOp("PosterizeIncreasing", 1.0, magnitude, {})
+        assert np.asarray(op(image)).max() == most
 
 
 class TestViews:
