@@ -126,19 +126,29 @@ class StudentObjective(Objective):
         student.set_distilled_training(True)
         self._loss.set_epoch(epoch)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """Mixed, where this epoch mixes."""
-        if self._mixup is None or not self._loss.mixes:
-            return images, labels
-        return self._mixup(images, labels)
+    @property
+    def whole_updates(self) -> bool:
+        """Where weights are summed over an update, its labels of the teacher come before its first loss."""
+        return self._loss.reweights and self._loss.config.weight_norm == "global"
+
+    def prepare(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Any]]:
+        """Mixed, where this epoch mixes; with the target go the teacher's labels and the sum of weights."""
+        mixed: list[tuple[Tensor, Any]] = list(batches)
+        if self._mixup is not None and self._loss.mixes:
+            mixed = [self._mixup(*batch) for batch in batches]
+        try:
+            labels = [self._teacher(images) for images, _ in mixed]
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        divisor = self._loss.window_divisor(labels) if self.whole_updates else None
+        return [
+            (images, (target, theirs, divisor))
+            for (images, target), theirs in zip(mixed, labels, strict=True)
+        ]
 
     def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """The loss of a batch."""
-        try:
-            labels = self._teacher(images)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        found: Tensor = self._loss(model(images), target, labels)
+        found: Tensor = self._loss(model(images), *target)
         return found
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
@@ -286,14 +296,9 @@ def student_loss(settings: Settings, counts: list[int]) -> methods.DeiTLTLoss:
     """The loss of ``settings``.
 
     Raises:
-        UserError: classes without images, or a norm that the loop cannot give.
+        UserError: classes without images.
     """
     s = settings
-    if s.weight_norm == "global" and s.grad_accum_steps > 1:
-        raise UserError(
-            "--set weight_norm=global needs the teacher's labels of all micro-batches of an update at once, "
-            f"not one after the other as with --grad-accum-steps {s.grad_accum_steps}. Use batch or classes."
-        )
     start = round(STUDENT_DRW * s.epochs) if s.drw_epoch is None else s.drw_epoch
     try:
         return methods.DeiTLTLoss(

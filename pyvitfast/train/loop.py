@@ -92,9 +92,14 @@ class Objective:
     def begin(self, model: nn.Module, epoch: int) -> None:
         """An epoch, from 0, begins; also after a resume in it."""
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """The images of a batch as the model sees them, and its target."""
-        return images, labels
+    @property
+    def whole_updates(self) -> bool:
+        """Whether :meth:`prepare` has to see all batches of an optimizer update at once in this epoch."""
+        return False
+
+    def prepare(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Any]]:
+        """Images as the model sees them and targets, of the images and labels of one or more batches."""
+        return list(batches)
 
     def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """The loss of a batch, a scalar, by ``model`` as processes share it."""
@@ -243,16 +248,25 @@ class Loop:
             state = {"stage": stage, "arm": "", "world": world, "results": self.results}
             self.folder.checkpoint(model, state)
 
-    def _on_device(
-        self, images: Tensor, labels: Tensor, objective: Objective | None = None
-    ) -> tuple[Tensor, Any]:
+    def _on_device(self, images: Tensor, labels: Tensor, mix: bool = True) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if objective is not None:
-            return objective.mix(images, labels)
-        if self._mixup is not None:
+        if mix and self._mixup is not None:
             images, labels = self._mixup(images, labels)
         return images, labels
+
+    def _batches(self, objective: Objective | None) -> Iterator[tuple[Tensor, Any]]:
+        """Images and targets of the training batches that are left of an epoch."""
+        if objective is None:
+            for images, labels in self.loader:
+                yield self._on_device(images, labels)
+            return
+        loader = iter(self.loader)
+        size = self.settings.grad_accum_steps if objective.whole_updates else 1
+        while batches := [self._on_device(x, y, False) for x, y in itertools.islice(loader, size)]:
+            with self.accelerator.autocast():
+                prepared = objective.prepare(batches)
+            yield from prepared
 
     def schedule(self, optimizer: Any, stage: Stage) -> Any:
         """timm's schedule over the updates of ``stage``, or None for a constant learning rate."""
@@ -398,8 +412,7 @@ class Loop:
 
     def _steps(self, running: _Running) -> Iterator[Tensor]:
         accelerator, optimizer, pruner = self.accelerator, running.optimizer, running.pruner
-        for images, labels in self.loader:
-            images, labels = self._on_device(images, labels, running.objective)
+        for images, labels in self._batches(running.objective):
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)

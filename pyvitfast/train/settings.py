@@ -168,7 +168,8 @@ class Settings:
         drw_epoch: first epoch, from 0, whose DIST loss is weighted by class; None takes 11/12 of the epochs,
             and a number of at least ``epochs`` is never.
         drw_beta: of the effective number of images.
-        weight_norm: what weighted sums are divided by: ``batch``, ``classes`` or ``global``.
+        weight_norm: what weighted sums are divided by: ``batch``, ``classes`` or ``global``, which keeps all
+            images of an optimizer update on the device.
         mixing_after_drw: keep mixup, cutmix and label smoothing from then on.
         weight_bits: bits of a quantised weight, 1 to 8.
         activation_bits: bits of the inputs of quantised layers; None leaves them.

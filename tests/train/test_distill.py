@@ -15,7 +15,7 @@ import pyvitfast as vf
 from pyvitfast.cli import app
 from pyvitfast.distill import PaCoConfig
 from pyvitfast.train import Settings, UserError, open_data, resolve
-from pyvitfast.train.distill import SharpnessAwareSteps, make_teacher, teacher_settings
+from pyvitfast.train.distill import SharpnessAwareSteps, StudentObjective, make_teacher, teacher_settings
 from pyvitfast.train.loop import Loop, Stage
 from tests.train.conftest import metrics, stopping_after
 
@@ -171,6 +171,52 @@ def test_the_weights_and_the_map_matter(whole, tmp_path, cli):
     assert plain[0] != mapped[0]
 
 
+def test_accumulated_batches_weighted_together_are_one_batch(whole, tmp_path, cli):
+    """Two of 50 added up against one of 100, all weighted by class; not so with sums of their own."""
+    teacher = ["--teacher", whole[0] / "teacher.safetensors", "--mixup", 0, "--cutmix", 0, "--drw-epoch", 0]
+
+    def run(name, *flags):
+        out = tmp_path / name
+        assert cli("distill", *TINY, *teacher, *flags, "--epochs", 2, "--out", out).exit_code == 0
+        losses = [e["train_loss"] for e in metrics(out) if e["event"] == "epoch"]
+        return torch.tensor(losses), vf.load(out / "model.safetensors").state_dict()
+
+    large = run("large", "--batch-size", 100, "--set", "weight_norm=global")
+    parts = ["--batch-size", 50, "--grad-accum-steps", 2]
+    together, alone = (run(norm, *parts, "--set", f"weight_norm={norm}") for norm in ("global", "batch"))
+
+    def apart(a, b):
+        return max(float((a[1][key] - b[1][key]).abs().max()) for key in a[1])
+
+    torch.testing.assert_close(together[0], large[0], rtol=1e-5, atol=0)
+    assert float((alone[0] - large[0]).abs().max()) > 3e-4
+    assert apart(together, large) < 5e-5
+    assert apart(alone, large) > 2e-3
+
+
+def test_an_epoch_has_whole_updates_only(whole, tmp_path, cli, monkeypatch):
+    """9 batches in updates of 4: the ninth is left out, and a run that is stopped loses no batch."""
+    seen = []
+    prepare = StudentObjective.prepare
+
+    def counted(self, batches):
+        seen.append(len(batches))
+        return prepare(self, batches)
+
+    monkeypatch.setattr(StudentObjective, "prepare", counted)
+    flags = ["--teacher", whole[0] / "teacher.safetensors", "--grad-accum-steps", 4, "--epochs", 2]
+    flags = [*TINY, *flags, "--drw-epoch", 1, "--set", "weight_norm=global"]
+    assert cli("distill", *flags, "--out", tmp_path / "a").exit_code == 0
+    assert seen == [1] * 8 + [4] * 2
+    assert metrics(tmp_path / "a")[1]["updates"] == 4
+    with stopping_after(10, monkeypatch):
+        assert cli("distill", *flags, "--out", tmp_path / "b").exit_code == 128 + signal.SIGINT
+    assert cli("distill", "--resume", "--out", tmp_path / "b").exit_code == 0
+    assert seen[10:] == seen[:10]
+    a, b = (vf.load(tmp_path / n / "model.safetensors").state_dict() for n in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("loss", ["ce", "balanced_softmax"])
 def test_other_teachers(tmp_path, cli, loss):
     out = tmp_path / "run"
@@ -209,7 +255,6 @@ def test_steps_of_class_sizes():
         (["--drw-epoch", "-1"], "--drw-epoch must be at least 0"),
         (["--distill-alpha", "2"], "--distill-alpha must be between 0 and 1"),
         (["--imbalance-type", "cliff"], "--imbalance-type must be one of exp, step"),
-        (["--set", "weight_norm=global", "--grad-accum-steps", "2"], "weight_norm=global needs"),
     ],
 )
 def test_bad_flags_say_what_is_wrong(flags, line, refused, tmp_path):

@@ -66,12 +66,12 @@ def test_two_processes_measure_the_slopes_of_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_distill_what_one_does(tmp_path: Path) -> None:
-    """One divisor for the whole batch, so that weights of classes are those of one process.
+    """One divisor for all batches of an update, so that weights of classes are those of one process.
 
     Without mixing, which each process draws for itself; the teacher is that of the two.
     """
-    flags = ["--epochs", 3, "--drw-epoch", 1, "--teacher-epochs", 1, "--batch-size", 100, "--mixup", 0]
-    flags += ["--cutmix", 0, "--set", "weight_norm=global", "--device", "cpu"]
+    flags = ["--epochs", 3, "--drw-epoch", 1, "--teacher-epochs", 1, "--batch-size", 50, "--mixup", 0]
+    flags += ["--cutmix", 0, "--grad-accum-steps", 2, "--set", "weight_norm=global", "--device", "cpu"]
     finish("distill", *flags, "--out", tmp_path / "2", processes=2)
     teacher = tmp_path / "2" / "teacher.safetensors"
     finish("distill", *flags, "--teacher", teacher, "--out", tmp_path / "1", processes=1)
