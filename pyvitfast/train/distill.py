@@ -440,14 +440,54 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     job.folder.log("teacher", top1=accuracy.top1, class_mean=accuracy.class_mean)
 
 
+def published_teacher(settings: Settings) -> nn.Module:
+    """``settings.teacher_model`` with the weights that the authors' programs wrote to ``settings.teacher``.
+
+    Raises:
+        UserError: no such file, one that is more than tensors and plain data, or weights of another network.
+    """
+    flag = f"--teacher {settings.teacher}"
+    try:
+        checkpoint = torch.load(settings.teacher or "", weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise UserError(f"{flag}: {error.strerror or error}.") from error
+    except Exception as error:  # bytes that are no pickle make it raise anything
+        raise UserError(
+            f"{flag} is no file of tensors and plain data, and others are not opened, since they can run any "
+            "code. Write its `state_dict` alone with torch.save where you trust it."
+        ) from error
+    try:
+        weights = methods.convert_teacher_state_dict(checkpoint)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{flag} is no teacher that can be read: {error}") from error
+    arguments: dict[str, Any] = {"num_classes": len(weights["fc.weight"])}
+    if "fc.bias" not in weights and settings.teacher_model.endswith("_cifar"):
+        arguments["cosine"] = True
+    cnn = models.create(settings.teacher_model, flag="--teacher-model", **arguments)
+    try:
+        cnn.load_state_dict(weights)
+    except RuntimeError as error:
+        cosine = "fc.bias" not in weights
+        raise UserError(
+            f"{flag} does not fit --teacher-model {settings.teacher_model}: "
+            f"{' '.join(str(error).split())[:300]}. It has a {'cosine' if cosine else 'linear'} classifier: "
+            f"name {'resnet32_cifar or resnet50_cosine' if cosine else 'resnet32_cifar or resnet50'}."
+        ) from error
+    return cnn.eval()
+
+
 def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Module:
     """The network of ``settings.teacher``.
 
     Raises:
         UserError: it is not there, or does not fit the data.
     """
-    name = settings.teacher or ""
-    cnn = models.trained(name, data, "--teacher", "Leave --teacher out to train one on this data.")
+    name, otherwise = settings.teacher or "", "Leave --teacher out to train one on this data."
+    if models.is_file(name) and Path(name).suffix != ".safetensors":
+        cnn = published_teacher(settings)
+        models.check_classes(cnn, name, data, "--teacher", otherwise)
+    else:
+        cnn = models.trained(name, data, "--teacher", otherwise)
     chans, theirs = input_channels(student), input_channels(cnn)
     if chans != theirs:
         raise UserError(

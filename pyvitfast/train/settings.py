@@ -137,7 +137,8 @@ class Settings:
         cnn_teacher: timm name (with pretrained weights) or ``.safetensors`` file of a network whose most
             likely class is learnt too while pruning and finetuning.
         teacher: of ``distill``: timm name (with pretrained weights) or ``.safetensors`` file of the network
-            whose labels the DIST head learns; None trains one.
+            whose labels the DIST head learns, or a checkpoint of the authors' programs (``.pth``, ``.tar``)
+            for ``teacher_model``; None trains one.
         teacher_model: timm name of that.
         teacher_loss: ``ldam``, ``paco``, ``ce`` or ``balanced_softmax``.
         teacher_epochs: epochs of the teacher.

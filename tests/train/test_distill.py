@@ -17,6 +17,7 @@ from pyvitfast.distill import PaCoConfig
 from pyvitfast.train import Settings, UserError, open_data, resolve
 from pyvitfast.train.distill import SharpnessAwareSteps, StudentObjective, make_teacher, teacher_settings
 from pyvitfast.train.loop import Loop, Stage
+from tests.methods.test_distill_published import ldam_layout, paco_layout
 from tests.train.conftest import metrics, stopping_after
 
 # 9 updates an epoch, of the teacher and of the student.
@@ -288,6 +289,64 @@ def test_teachers_that_do_not_fit(given, line, refused, tmp_path):
     printed = refused("distill", "--teacher", tmp_path / "t.safetensors", "--out", tmp_path / "o")
     assert line in printed
     assert not (tmp_path / "o").exists()
+
+
+class TestPublishedTeachers:
+    """``--teacher`` with checkpoints as the authors' programs write them."""
+
+    @pytest.fixture
+    def flags(self, tmp_path, image_folder):
+        """Of a student of colour images."""
+        student = timm.create_model("deit_micro_distilled_patch2_8", in_chans=3, num_classes=2)
+        vf.save(student, tmp_path / "student.safetensors")
+        flags = ["--data", image_folder, "--model", tmp_path / "student.safetensors", "--batch-size", 4]
+        return [*flags, "--epochs", 0, "--set", "workers=0", "--device", "cpu"]
+
+    def test_paco(self, tmp_path, flags, cli):
+        cnn = timm.create_model("resnet32_cifar", num_classes=2)
+        torch.save(paco_layout(cnn), tmp_path / "moco_ckpt.pth.tar")
+        result = cli("distill", *flags, "--teacher", tmp_path / "moco_ckpt.pth.tar", "--out", tmp_path / "o")
+        assert result.exit_code == 0, result.output
+        mine, theirs = vf.load(tmp_path / "o" / "teacher.safetensors").state_dict(), cnn.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "more", "line"),
+        [
+            ("resnet20_cifar", {}, [], "does not fit --teacher-model resnet32_cifar: Error(s) in loading"),
+            (
+                "resnet32_cifar",
+                {"cosine": True},
+                ["--teacher-model", "resnet50"],
+                "has a cosine classifier: name",
+            ),
+            ("resnet32_cifar", {"num_classes": 5}, [], "tells 5 classes apart"),
+        ],
+    )
+    def test_of_another_network(self, tmp_path, flags, refused, name, arguments, more, line):
+        cnn = timm.create_model(name, **{"num_classes": 2, **arguments})
+        torch.save(ldam_layout(cnn, "linear"), tmp_path / "t.pth")
+        flags = [*flags, "--teacher", tmp_path / "t.pth", *more]
+        assert line in refused("distill", *flags, "--out", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "line"),
+        [
+            (Path, "is no file of tensors and plain data"),
+            ({"encoder.weight": torch.zeros(1)}, "must have the names of PaCo's code"),
+            (None, "t.pth: No such file or directory"),
+            (b"text", "is no file of tensors and plain data"),
+        ],
+    )
+    def test_other_files(self, tmp_path, refused, content, line):
+        if isinstance(content, bytes):
+            (tmp_path / "t.pth").write_bytes(content)
+        elif content is not None:
+            torch.save(content, tmp_path / "t.pth")
+        assert line in refused("distill", "--teacher", tmp_path / "t.pth", "--out", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
 
 
 def test_a_teacher_that_gives_no_numbers_is_named(tmp_path, refused):
