@@ -41,7 +41,7 @@ GradAccum = Annotated[int | None, typer.Option(help="Steps added up for one opti
 Opt = Annotated[str | None, typer.Option(help="timm optimizer.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
 WeightDecay = Annotated[float | None, typer.Option(help="Weight decay.")]
-Sched = Annotated[str | None, typer.Option(help="cosine, tanh, step, poly or none.")]
+Sched = Annotated[str | None, typer.Option(help="cosine, tanh, step, multistep, poly or none.")]
 WarmupEpochs = Annotated[int | None, typer.Option(help="Epochs of linear warm-up.")]
 ClipGrad = Annotated[float | None, typer.Option(help="Largest norm of the gradient.")]
 Smoothing = Annotated[float | None, typer.Option(help="Label smoothing.")]
@@ -87,10 +87,11 @@ TokensPool = Annotated[
     str | None, typer.Option(help="Where they start: learned, avg, max, overlap or multiscale.")
 ]
 Teacher = Annotated[
-    str | None, typer.Option(help="Trained CNN: timm name or a file of ours.  [default: train one]")
+    str | None,
+    typer.Option(help="Trained CNN: timm name, a file of ours or the authors'.  [default: train one]"),
 ]
 TeacherModel = Annotated[str | None, typer.Option(help="timm name of the CNN to train.")]
-TeacherLoss = Annotated[str | None, typer.Option(help="ldam, ce or balanced_softmax.")]
+TeacherLoss = Annotated[str | None, typer.Option(help="ldam, paco, ce or balanced_softmax.")]
 TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of the CNN.")]
 TeacherLr = Annotated[float | None, typer.Option(help="Peak learning rate of the CNN.")]
 TeacherSize = Annotated[int | None, typer.Option(help="Side of the CNN's images.  [default: its own]")]

@@ -15,6 +15,7 @@ from pyvitfast.distill.long_tail import checked_class_map, class_ranks, long_tai
 from pyvitfast.distill.mixing import MixedLabels, PairedMixup
 from pyvitfast.distill.paco import PaCo, PaCoConfig, PaCoLoss
 from pyvitfast.distill.peers import BalancedSoftmaxLoss, ClassWeightedBCE, TwoTokenLoss
+from pyvitfast.distill.published import convert_teacher_state_dict
 from pyvitfast.distill.sam import ASAM, SAM
 from pyvitfast.distill.teacher import TeacherPipeline
 from pyvitfast.distill.weights import effective_number_weights
@@ -43,6 +44,7 @@ __all__ = [
     "checked_class_map",
     "class_groups",
     "class_ranks",
+    "convert_teacher_state_dict",
     "effective_number_weights",
     "expert_diversity",
     "feature_rank",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
+from timm.data import auto_augment
 from timm.data.readers import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -29,6 +31,17 @@ DIGITS_TRAIN = 1300
 HOLD_OUT = 0.2
 _TRAIN_FOLDERS = ("train", "training")
 _TEST_FOLDERS = ("val", "valid", "validation", "eval", "test")
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, and a black image for the 0 bits that its strongest magnitude asks for."""
+    return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
+
+
+# Pillow 13 raises for 0 bits, so a run with the published policy would end after some hundred images.
+auto_augment.NAME_TO_OP.update(
+    {name: _posterize for name, op in auto_augment.NAME_TO_OP.items() if op is auto_augment.posterize}
+)
 
 # An image's place in a data set, and the seed of its augmentation; None when nothing is random.
 Key = tuple[int, int | None]
@@ -57,10 +70,14 @@ class Data:
         """Number of classes."""
         return len(self.class_names)
 
-    def fit_to(self, model: nn.Module, settings: Settings) -> None:
-        """Give the splits the transforms that ``model`` and ``settings`` ask for."""
-        self.train.fit_to(model, settings, training=True)
-        self.test.fit_to(model, settings, training=False)
+    def fit_to(self, model: nn.Module, settings: Settings, views: str | None = None) -> None:
+        """Give the splits the transforms that ``model`` and ``settings`` ask for.
+
+        With ``views``, one of :data:`pyvitfast.train.settings.VIEWS`, a training image comes as two views of
+        it, [2, C, S, S]: the query's and the key's of contrastive learning.
+        """
+        self.train.fit_to(model, settings, True, views)
+        self.test.fit_to(model, settings, False)
 
 
 class Split(Dataset[tuple[Tensor, int]]):
@@ -75,32 +92,80 @@ class Split(Dataset[tuple[Tensor, int]]):
         """Drop all items but ``indices``."""
         raise NotImplementedError
 
-    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool, views: str | None = None) -> None:
         """Prepare items for ``model``."""
         raise NotImplementedError
 
 
+class TwoViews:
+    """Two random transforms of an image, [2, C, S, S].
+
+    Args:
+        query: of the first view.
+        key: of the second.
+    """
+
+    def __init__(self, query: Callable[[Any], Tensor], key: Callable[[Any], Tensor]) -> None:
+        self.query, self.key = query, key
+
+    def __call__(self, image: Any) -> Tensor:
+        """Both views of ``image``."""
+        return torch.stack([self.query(image), self.key(image)])
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, and those of before afterwards; None changes nothing.
+
+    Seeding by image, not by process, makes the augmentation the same for any number of workers and after a
+    resume in the middle of an epoch.
+    """
+    if seed is None:
+        yield
+        return
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 class TensorSplit(Split):
-    """Images in memory, float32 [N, C, S, S], enlarged to the model's size on access."""
+    """Images in memory, float32 [N, C, S, S] from -1, enlarged to the model's size on access."""
 
     def __init__(self, images: Tensor, labels: list[int]) -> None:
         self.images, self.labels = images, labels
         self.size = images.shape[-1]
+        self.views: TwoViews | None = None
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop all items but ``indices``."""
         self.images = self.images[list(indices)]
         self.labels = [self.labels[i] for i in indices]
 
-    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
-        """Take the model's image size; these images are not augmented."""
-        self.size = image_size(model)
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool, views: str | None = None) -> None:
+        """Take the model's image size; these images are not augmented, but for views of any kind."""
+        self.size, self.views = image_size(model), None
+        if views is not None:
+            moved = transforms.RandomCrop(self.size, padding=-(-self.size // 8), fill=-1)
+            self.views = TwoViews(
+                moved, transforms.Compose([moved, transforms.RandomErasing(scale=(0.05, 0.25), value=-1)])
+            )
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        image = self.images[key[0]]
+        index, seed = key
+        image = self.images[index]
         if self.size != image.shape[-1]:
             image = F.interpolate(image[None], size=self.size, mode="bilinear")[0]
-        return image, self.labels[key[0]]
+        if self.views is not None:
+            with _seeded(seed):
+                image = self.views(image)
+        return image, self.labels[index]
 
 
 class ImageSplit(Split):
@@ -122,8 +187,8 @@ class ImageSplit(Split):
         self.indices = [self.indices[i] for i in indices]
         self.labels = [self.labels[i] for i in indices]
 
-    def fit_to(self, model: nn.Module, settings: Settings, training: bool) -> None:
-        """timm's transform for the model's input size, mean, std and interpolation."""
+    def fit_to(self, model: nn.Module, settings: Settings, training: bool, views: str | None = None) -> None:
+        """timm's transform for the model's input size, mean, std and interpolation; or two views."""
         chans = input_channels(model)
         self.mode = {1: "L", 3: "RGB"}[chans]
         config = timm.data.resolve_model_data_config(model)
@@ -131,6 +196,11 @@ class ImageSplit(Split):
         mean, std = (
             v if len(v) == chans else (sum(v) / len(v),) * chans for v in (config["mean"], config["std"])
         )
+        if views is not None:
+            self.transform = two_views(
+                views, (chans, size, size), mean, std, config["interpolation"], settings.hflip
+            )
+            return
         augmentation: dict[str, Any] = {}
         if training:
             augmentation = {
@@ -169,20 +239,74 @@ class ImageSplit(Split):
             image = image.convert(self.mode)
         except OSError as error:
             raise UserError(f"{name} cannot be decoded: {error}. Replace or remove the file.") from error
-        if seed is None:
+        with _seeded(seed):
             return self.transform(image), self.labels[index]
-        # Seeding by image, not by process, makes the augmentation the same for any number of workers and
-        # after a resume in the middle of an epoch.
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            return self.transform(image), self.labels[index]
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
+
+
+def two_views(
+    kind: str,
+    shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+    hflip: float,
+) -> TwoViews:
+    """Views of a PIL image for PaCo.
+
+    The query's are for ``cifar`` crops of the padded image, AutoAugment's policy for CIFAR-10 and a Cutout of
+    half the side, which lies whole in the image, where the released code lets it reach over the border; for
+    ``imagenet`` random resized crops, colours and RandAugment(2, 10) on timm's scale. The key's are those of
+    SimCLR in the form of MoCo v2; for ``imagenet`` from smaller crops, all with changed colours.
+
+    Args:
+        kind: ``cifar`` or ``imagenet``.
+        shape: channels and sides of a view.
+        mean: of each channel.
+        std: of each channel.
+        interpolation: of resizing.
+        hflip: probability of a horizontal flip.
+
+    Source:
+        Cui et al., Parametric Contrastive Learning, ICCV 2021, released code.
+    """
+    size, cifar = shape[1], kind == "cifar"
+    key = timm.data.create_transform(
+        input_size=shape,
+        is_training=True,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        hflip=hflip,
+        scale=(0.2, 1.0) if cifar else (0.08, 1.0),
+        color_jitter=(0.4, 0.4, 0.4, 0.1) if cifar else (0.4, 0.4, 0.4),
+        color_jitter_prob=0.8 if cifar else 1.0,
+        grayscale_prob=0.2,
+        gaussian_blur_prob=0.5 if size > 11 else 0.0,  # timm's kernel needs a margin of 11 pixels
+    )
+    resample, flip = transforms.InterpolationMode(interpolation), transforms.RandomHorizontalFlip(hflip)
+    tensor, normal = transforms.ToTensor(), transforms.Normalize(mean, std)
+    if cifar:
+        query = [
+            transforms.Resize((size, size), resample),
+            transforms.RandomCrop(size, padding=size // 8),
+            flip,
+            transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+            tensor,
+            transforms.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)),
+            normal,
+        ]
+    else:
+        grey = tuple(round(255 * m) for m in mean)
+        strength = {"translate_const": int(0.45 * size), "img_mean": grey if len(grey) > 1 else grey[0]}
+        query = [
+            transforms.RandomResizedCrop(size, interpolation=resample),
+            flip,
+            transforms.ColorJitter(0.4, 0.4, 0.4),
+            auto_augment.rand_augment_transform("rand-n2-m10-mstd0.5", strength),
+            tensor,
+            normal,
+        ]
+    return TwoViews(transforms.Compose(query), key)
 
 
 def image_size(model: nn.Module) -> int:

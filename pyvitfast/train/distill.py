@@ -27,7 +27,7 @@ from pyvitfast.train.data import (
 )
 from pyvitfast.train.errors import UserError
 from pyvitfast.train.folder import TEACHER
-from pyvitfast.train.loop import Accuracy, Loop, Stage, evaluate
+from pyvitfast.train.loop import Accuracy, Loop, Objective, Stage, evaluate
 from pyvitfast.train.run import Outcome, _Job, _job, _outcome
 from pyvitfast.train.settings import Settings
 
@@ -37,7 +37,7 @@ HEADS = ("cls", "dist", "avg")
 LOOKED_AT = 512  # test images for ranks and distances
 
 
-class TeacherObjective:
+class TeacherObjective(Objective):
     """A teacher's loss on plain labels.
 
     Args:
@@ -58,21 +58,50 @@ class TeacherObjective:
         if self.steps is not None:
             self.steps.set_epoch(epoch)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """As they are."""
-        return images, labels
-
-    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """The loss of a batch."""
-        found: Tensor = self._loss(output, target)
+        found: Tensor = self._loss(model(images), target)
         return found
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
         """Test accuracy."""
-        return self._evaluate(model), {}
+        return self._evaluate(self.network(model)), {}
 
 
-class StudentObjective:
+class PaCoObjective(TeacherObjective):
+    """PaCo on two views of each image: its encoder is the teacher, all else is state of the training.
+
+    Args:
+        paco: what is trained, and its own loss.
+        evaluate: test accuracy of the encoder.
+    """
+
+    def __init__(self, paco: methods.PaCo, evaluate: Callable[[nn.Module], Accuracy]) -> None:
+        super().__init__(paco.loss, evaluate)
+
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch of views [B, 2, C, S, S]."""
+        query, key = images.unbind(1)
+        found: Tensor = model(query, key, target)
+        return found
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """The query encoder with its classifier."""
+        paco: Any = model
+        encoder: nn.Module = paco.encoder
+        return encoder
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The key encoder, both projections, and the queue with its place."""
+        return {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+
+    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        encoder = {f"encoder.{k}": v for k, v in self.network(model).state_dict().items()}
+        model.load_state_dict({**encoder, **state_dict})
+
+
+class StudentObjective(Objective):
     """DeiT-LT: labels for the CLS head, the teacher's for the DIST head, on the same images.
 
     Args:
@@ -97,19 +126,29 @@ class StudentObjective:
         student.set_distilled_training(True)
         self._loss.set_epoch(epoch)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """Mixed, where this epoch mixes."""
-        if self._mixup is None or not self._loss.mixes:
-            return images, labels
-        return self._mixup(images, labels)
+    @property
+    def whole_updates(self) -> bool:
+        """Where weights are summed over an update, its labels of the teacher come before its first loss."""
+        return self._loss.reweights and self._loss.config.weight_norm == "global"
 
-    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
-        """The loss of a batch."""
+    def prepare(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Any]]:
+        """Mixed, where this epoch mixes; with the target go the teacher's labels and the sum of weights."""
+        mixed: list[tuple[Tensor, Any]] = list(batches)
+        if self._mixup is not None and self._loss.mixes:
+            mixed = [self._mixup(*batch) for batch in batches]
         try:
-            labels = self._teacher(images)
+            labels = [self._teacher(images) for images, _ in mixed]
         except ValueError as error:
             raise UserError(str(error)) from error
-        found: Tensor = self._loss(output, target, labels)
+        divisor = self._loss.window_divisor(labels) if self.whole_updates else None
+        return [
+            (images, (target, theirs, divisor))
+            for (images, target), theirs in zip(mixed, labels, strict=True)
+        ]
+
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch."""
+        found: Tensor = self._loss(model(images), *target)
         return found
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
@@ -257,14 +296,9 @@ def student_loss(settings: Settings, counts: list[int]) -> methods.DeiTLTLoss:
     """The loss of ``settings``.
 
     Raises:
-        UserError: classes without images, or a norm that the loop cannot give.
+        UserError: classes without images.
     """
     s = settings
-    if s.weight_norm == "global" and s.grad_accum_steps > 1:
-        raise UserError(
-            "--set weight_norm=global needs the teacher's labels of all micro-batches of an update at once, "
-            f"not one after the other as with --grad-accum-steps {s.grad_accum_steps}. Use batch or classes."
-        )
     start = round(STUDENT_DRW * s.epochs) if s.drw_epoch is None else s.drw_epoch
     try:
         return methods.DeiTLTLoss(
@@ -315,9 +349,26 @@ def make_teacher(settings: Settings, data: Data) -> nn.Module:
     return cnn
 
 
+def make_paco(cnn: nn.Module, settings: Settings, counts: list[int]) -> methods.PaCo:
+    """What trains ``cnn`` by ``paco``.
+
+    Raises:
+        UserError: it cannot be trained so.
+    """
+    try:
+        return methods.PaCo(cnn, counts, settings.paco())
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"--teacher-model {settings.teacher_model} cannot be trained by paco: {reason}. Take "
+            "resnet32_cifar, resnet50, another --teacher-loss, or a trained one by --teacher FILE."
+        ) from error
+
+
 def teacher_settings(settings: Settings) -> Settings:
-    """What the teacher is trained with: SGD, weak augmentation, no mixing, one batch an update."""
+    """What the teacher is trained with: SGD, weak augmentation or views, no mixing, one batch an update."""
     s = settings
+    warmup = 5 if s.teacher_epochs >= 50 else 0
     return replace(
         s,
         model=s.teacher_model,
@@ -329,7 +380,8 @@ def teacher_settings(settings: Settings) -> Settings:
         lr=s.teacher_lr,
         weight_decay=s.teacher_weight_decay,
         sched=s.teacher_sched,
-        warmup_epochs=5 if s.teacher_epochs >= 50 else 0,
+        decay_rate=s.teacher_decay_rate,
+        warmup_epochs=warmup if s.teacher_warmup_epochs is None else s.teacher_warmup_epochs,
         min_lr=0.0,
         clip_grad=None,
         smoothing=0.0,
@@ -349,8 +401,9 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     """Train the teacher and keep it in the folder."""
     s = teacher_settings(job.settings)
     data = open_data(s)
+    contrasts = s.teacher_loss == "paco"
     cnn = job.model if job.stage == "teacher" else make_teacher(job.settings, data)
-    data.fit_to(cnn, s)
+    data.fit_to(cnn, s, s.teacher_views if contrasts else None)
     drw = round(TEACHER_DRW * s.epochs) if s.teacher_drw_epoch is None else s.teacher_drw_epoch
     losses: dict[str, Callable[[], nn.Module]] = {
         "ldam": lambda: methods.LDAMLoss(counts, s.teacher_margin, drw_epoch=drw),
@@ -361,8 +414,13 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
     loop = Loop(s, data, job.folder, accelerator, job.reporter, job.loop.stop)
     loop.results = job.loop.results
     accelerator.gradient_accumulation_steps = 1
-    objective = TeacherObjective(
-        losses[s.teacher_loss](), lambda model: evaluate(model, data, s, accelerator)
+
+    def examine(model: nn.Module) -> Accuracy:
+        return evaluate(model, data, s, accelerator)
+
+    paco = make_paco(cnn, s, counts) if contrasts else None
+    objective = (
+        TeacherObjective(losses[s.teacher_loss](), examine) if paco is None else PaCoObjective(paco, examine)
     )
 
     def sharpness_aware(optimizer: Any, wrapped: nn.Module) -> SharpnessAwareSteps:
@@ -371,14 +429,51 @@ def train_teacher(job: _Job, counts: list[int]) -> None:
 
     accuracy = loop.run(
         Stage("teacher", s.lr, s.epochs),
-        cnn,
+        cnn if paco is None else paco,
         state=job.take_state(),
+        after_update=None if paco is None else paco.advance,
         measured=sharpness_aware if s.sam_rho or s.sam_rho_steps else None,
         objective=objective,
     )
     accelerator.gradient_accumulation_steps = job.settings.grad_accum_steps
-    job.folder.save_model(cnn, TEACHER)
+    job.folder.save_model(cnn if paco is None else paco.teacher(), TEACHER)
     job.folder.log("teacher", top1=accuracy.top1, class_mean=accuracy.class_mean)
+
+
+def published_teacher(settings: Settings) -> nn.Module:
+    """``settings.teacher_model`` with the weights that the authors' programs wrote to ``settings.teacher``.
+
+    Raises:
+        UserError: no such file, one that is more than tensors and plain data, or weights of another network.
+    """
+    flag = f"--teacher {settings.teacher}"
+    try:
+        checkpoint = torch.load(settings.teacher or "", weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise UserError(f"{flag}: {error.strerror or error}.") from error
+    except Exception as error:  # bytes that are no pickle make it raise anything
+        raise UserError(
+            f"{flag} is no file of tensors and plain data, and others are not opened, since they can run any "
+            "code. Write its `state_dict` alone with torch.save where you trust it."
+        ) from error
+    try:
+        weights = methods.convert_teacher_state_dict(checkpoint)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{flag} is no teacher that can be read: {error}") from error
+    arguments: dict[str, Any] = {"num_classes": len(weights["fc.weight"])}
+    if "fc.bias" not in weights and settings.teacher_model.endswith("_cifar"):
+        arguments["cosine"] = True
+    cnn = models.create(settings.teacher_model, flag="--teacher-model", **arguments)
+    try:
+        cnn.load_state_dict(weights)
+    except RuntimeError as error:
+        cosine = "fc.bias" not in weights
+        raise UserError(
+            f"{flag} does not fit --teacher-model {settings.teacher_model}: "
+            f"{' '.join(str(error).split())[:300]}. It has a {'cosine' if cosine else 'linear'} classifier: "
+            f"name {'resnet32_cifar or resnet50_cosine' if cosine else 'resnet32_cifar or resnet50'}."
+        ) from error
+    return cnn.eval()
 
 
 def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Module:
@@ -387,8 +482,12 @@ def open_teacher(settings: Settings, data: Data, student: nn.Module) -> nn.Modul
     Raises:
         UserError: it is not there, or does not fit the data.
     """
-    name = settings.teacher or ""
-    cnn = models.trained(name, data, "--teacher", "Leave --teacher out to train one on this data.")
+    name, otherwise = settings.teacher or "", "Leave --teacher out to train one on this data."
+    if models.is_file(name) and Path(name).suffix != ".safetensors":
+        cnn = published_teacher(settings)
+        models.check_classes(cnn, name, data, "--teacher", otherwise)
+    else:
+        cnn = models.trained(name, data, "--teacher", otherwise)
     chans, theirs = input_channels(student), input_channels(cnn)
     if chans != theirs:
         raise UserError(
@@ -412,7 +511,9 @@ def _check(model: nn.Module, settings: Settings, data: Data) -> None:
                 f"--set teacher_batch_size={s.teacher_batch_size} must be a multiple of the {world} "
                 "processes."
             )
-        make_teacher(s, data)
+        cnn = make_teacher(s, data)
+        if s.teacher_loss == "paco":
+            make_paco(cnn, s, images_by_class(data))
 
 
 def distill(

@@ -86,20 +86,39 @@ class Stepper(Protocol):
         """The inverse of :meth:`state_dict`."""
 
 
-class Objective(Protocol):
+class Objective:
     """What a stage minimises and how it is judged, in place of the cross-entropy with labels."""
 
     def begin(self, model: nn.Module, epoch: int) -> None:
         """An epoch, from 0, begins; also after a resume in it."""
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-        """The images of a batch as the model sees them, and its target."""
+    @property
+    def whole_updates(self) -> bool:
+        """Whether :meth:`prepare` has to see all batches of an optimizer update at once in this epoch."""
+        return False
 
-    def loss(self, output: Any, images: Tensor, target: Any) -> Tensor:
-        """The loss of the model's output, a scalar."""
+    def prepare(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Any]]:
+        """Images as the model sees them and targets, of the images and labels of one or more batches."""
+        return list(batches)
+
+    def loss(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
+        """The loss of a batch, a scalar, by ``model`` as processes share it."""
+        raise NotImplementedError
 
     def examine(self, model: nn.Module) -> tuple[Accuracy, dict[str, Any]]:
         """Test accuracy, and more for the metrics of the epoch."""
+        raise NotImplementedError
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """What of ``model`` a checkpoint keeps as a model file."""
+        return model
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """What a resumed run needs besides."""
+        return {}
+
+    def load_state_dict(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
 
 
 def seed_process(*entropy: int) -> None:
@@ -229,16 +248,25 @@ class Loop:
             state = {"stage": stage, "arm": "", "world": world, "results": self.results}
             self.folder.checkpoint(model, state)
 
-    def _on_device(
-        self, images: Tensor, labels: Tensor, objective: Objective | None = None
-    ) -> tuple[Tensor, Any]:
+    def _on_device(self, images: Tensor, labels: Tensor, mix: bool = True) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if objective is not None:
-            return objective.mix(images, labels)
-        if self._mixup is not None:
+        if mix and self._mixup is not None:
             images, labels = self._mixup(images, labels)
         return images, labels
+
+    def _batches(self, objective: Objective | None) -> Iterator[tuple[Tensor, Any]]:
+        """Images and targets of the training batches that are left of an epoch."""
+        if objective is None:
+            for images, labels in self.loader:
+                yield self._on_device(images, labels)
+            return
+        loader = iter(self.loader)
+        size = self.settings.grad_accum_steps if objective.whole_updates else 1
+        while batches := [self._on_device(x, y, False) for x, y in itertools.islice(loader, size)]:
+            with self.accelerator.autocast():
+                prepared = objective.prepare(batches)
+            yield from prepared
 
     def schedule(self, optimizer: Any, stage: Stage) -> Any:
         """timm's schedule over the updates of ``stage``, or None for a constant learning rate."""
@@ -253,7 +281,7 @@ class Loop:
             decay_epochs=max(1, stage.epochs // 3),
             # Half an update later, for timm steps an update early.
             decay_milestones=[round(part * stage.epochs) + 0.5 / updates for part in MILESTONES],
-            decay_rate=0.01 if s.sched == "multistep" else 0.1,
+            decay_rate=s.decay_rate or (0.01 if s.sched == "multistep" else 0.1),
             warmup_epochs=min(s.warmup_epochs, stage.epochs - 1),
             warmup_lr=s.warmup_lr,
             min_lr=s.min_lr,
@@ -307,6 +335,8 @@ class Loop:
                 pruner.load_state_dict(state["pruner"])
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
+            if objective is not None:
+                objective.load_state_dict(model, state["objective"])
             progress = _Progress(**state["progress"])
             self.check_world(state)
         if teachers is not None:
@@ -382,8 +412,7 @@ class Loop:
 
     def _steps(self, running: _Running) -> Iterator[Tensor]:
         accelerator, optimizer, pruner = self.accelerator, running.optimizer, running.pruner
-        for images, labels in self.loader:
-            images, labels = self._on_device(images, labels, running.objective)
+        for images, labels in self._batches(running.objective):
             with accelerator.accumulate(running.wrapped):
                 if running.scheduler is not None:
                     running.scheduler.step_update(running.progress.updates)
@@ -406,10 +435,10 @@ class Loop:
         return steps.step(lambda: self._objective(running, images, labels).float())
 
     def _objective(self, running: _Running, images: Tensor, labels: Any) -> Tensor:
-        output, teachers = running.wrapped(images), running.teachers
         if running.objective is not None:
             with self.accelerator.autocast():
-                return running.objective.loss(output, images, labels)
+                return running.objective.loss(running.wrapped, images, labels)
+        output, teachers = running.wrapped(images), running.teachers
         if teachers is None:
             return self.loss(output, labels)
         with self.accelerator.autocast():
@@ -506,7 +535,7 @@ class Loop:
             )
 
     def _save(self, running: _Running) -> None:
-        scaler = self.accelerator.scaler
+        scaler, objective = self.accelerator.scaler, running.objective
         randoms = gather_object([random_state()])
         if not self.folder.writes:
             return
@@ -518,11 +547,13 @@ class Loop:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "pruner": running.pruner.state_dict() if running.pruner is not None else None,
             "measured": _without_optimizer(running.measured),
+            "objective": objective.state_dict(running.model) if objective is not None else None,
             "random": randoms,
             "world": self.accelerator.num_processes,
             "results": self.results,
         }
-        self.folder.checkpoint(running.model, state)
+        network = running.model if objective is None else objective.network(running.model)
+        self.folder.checkpoint(network, state)
 
 
 def _without_optimizer(measured: Stepper | None) -> dict[str, Any] | None:

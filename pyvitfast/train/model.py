@@ -113,13 +113,18 @@ def trained(name: str, data: Data, flag: str, otherwise: str) -> nn.Module:
         UserError: it is not there, or has other classes than ``data``; then ``otherwise`` says what to do.
     """
     model = load_file(name, flag) if is_file(name) else create(name, True, flag)
+    check_classes(model, name, data, flag, otherwise)
+    return model
+
+
+def check_classes(model: nn.Module, name: str, data: Data, flag: str, otherwise: str) -> None:
+    """Raise UserError, about ``flag``, when ``model`` has other classes than ``data``."""
     classes = getattr(model, "num_classes", data.num_classes)
     if classes != data.num_classes:
         raise UserError(
             f"{flag} {name} tells {classes} classes apart, --data {data.name} has {data.num_classes}. "
             + otherwise
         )
-    return model
 
 
 def check_fit(model: nn.Module, name: str, data: Data) -> None:

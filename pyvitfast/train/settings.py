@@ -13,6 +13,7 @@ from typing import Any
 import timm.optim
 import yaml
 
+from pyvitfast.distill import PaCoConfig
 from pyvitfast.grow import METHODS as GROWTH
 from pyvitfast.models.stvit import POOLS
 from pyvitfast.quantize import ESTIMATORS, QuantConfig
@@ -26,9 +27,10 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 GROUP_KINDS = ("embed", "head", "qk", "v", "mlp")
 
 WEIGHT_NORMS = ("batch", "classes", "global")
-TEACHER_LOSSES = ("ldam", "ce", "balanced_softmax")
+TEACHER_LOSSES = ("ldam", "paco", "ce", "balanced_softmax")
 IMBALANCES = ("exp", "step")
 CROPS = ("rrc", "pad")
+VIEWS = ("cifar", "imagenet")
 
 # What the built-in data set wants instead of the general defaults; 1300 small images.
 DIGITS: dict[str, Any] = {
@@ -90,7 +92,9 @@ class Settings:
         lr: peak learning rate.
         weight_decay: weight decay.
         sched: timm schedule, stepped at each update: cosine, tanh, step, multistep, poly or none;
-            ``multistep`` is a hundredth of the rate from 8/10 of the epochs on, and of that from 9/10.
+            ``multistep`` steps after 8/10 and 9/10 of the epochs.
+        decay_rate: what a step of ``step`` and ``multistep`` multiplies the rate by; None is a tenth, and a
+            hundredth with ``multistep``.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at its start.
         min_lr: learning rate at the end.
@@ -133,18 +137,30 @@ class Settings:
         cnn_teacher: timm name (with pretrained weights) or ``.safetensors`` file of a network whose most
             likely class is learnt too while pruning and finetuning.
         teacher: of ``distill``: timm name (with pretrained weights) or ``.safetensors`` file of the network
-            whose labels the DIST head learns; None trains one.
+            whose labels the DIST head learns, or a checkpoint of the authors' programs (``.pth``, ``.tar``)
+            for ``teacher_model``; None trains one.
         teacher_model: timm name of that.
-        teacher_loss: ``ldam``, ``ce`` or ``balanced_softmax``.
+        teacher_loss: ``ldam``, ``paco``, ``ce`` or ``balanced_softmax``.
         teacher_epochs: epochs of the teacher.
         teacher_batch_size: images in its steps, over all processes.
         teacher_lr: its peak learning rate; SGD with momentum.
         teacher_sched: its schedule, as ``sched``.
+        teacher_decay_rate: of its schedule, as ``decay_rate``.
+        teacher_warmup_epochs: epochs of its linear warm-up; None takes 5, or none in less than 50 epochs.
         teacher_drw_epoch: first epoch, from 0, whose ``ldam`` loss is weighted by class; None takes 4/5 of
             the epochs, and a number of at least ``teacher_epochs`` is never.
         teacher_weight_decay: its weight decay.
-        teacher_crop: its crops, as ``train_crop``.
+        teacher_crop: its crops, as ``train_crop``; ``paco`` has ``teacher_views`` instead.
         teacher_margin: largest margin of ``ldam``.
+        teacher_views: of ``paco``, two of each image: ``cifar``, AutoAugment and Cutout beside SimCLR, or
+            ``imagenet``, RandAugment beside SimCLR. Digits are moved, and in part erased, with either.
+        paco_alpha: of ``paco``: weight of each feature of the same class.
+        paco_beta: weight of the class's centre.
+        paco_gamma: factor of the features in the denominator.
+        paco_temperature: divides the products of features.
+        paco_queue: features kept of earlier batches.
+        paco_dim: width of a feature.
+        paco_momentum: of the key encoder.
         sam_rho: radius of SAM in the teacher's training; 0 is off.
         sam_rho_steps: other radii by the epoch, from 0, that they begin with.
         teacher_size: side of the teacher's images in pixels; None takes what it was made for.
@@ -153,7 +169,8 @@ class Settings:
         drw_epoch: first epoch, from 0, whose DIST loss is weighted by class; None takes 11/12 of the epochs,
             and a number of at least ``epochs`` is never.
         drw_beta: of the effective number of images.
-        weight_norm: what weighted sums are divided by: ``batch``, ``classes`` or ``global``.
+        weight_norm: what weighted sums are divided by: ``batch``, ``classes`` or ``global``, which keeps all
+            images of an optimizer update on the device.
         mixing_after_drw: keep mixup, cutmix and label smoothing from then on.
         weight_bits: bits of a quantised weight, 1 to 8.
         activation_bits: bits of the inputs of quantised layers; None leaves them.
@@ -202,6 +219,7 @@ class Settings:
     lr: float = 5e-4
     weight_decay: float = 0.05
     sched: str = "cosine"
+    decay_rate: float | None = None
     warmup_epochs: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
@@ -245,10 +263,20 @@ class Settings:
     teacher_batch_size: int = 128
     teacher_lr: float = 0.1
     teacher_sched: str = "cosine"
+    teacher_decay_rate: float | None = None
+    teacher_warmup_epochs: int | None = None
     teacher_drw_epoch: int | None = None
     teacher_weight_decay: float = 2e-4
     teacher_crop: str = "pad"
     teacher_margin: float = 0.5
+    teacher_views: str = "cifar"
+    paco_alpha: float = 0.01
+    paco_beta: float = 1.0
+    paco_gamma: float = 1.0
+    paco_temperature: float = 0.05
+    paco_queue: int = 1024
+    paco_dim: int = 32
+    paco_momentum: float = 0.999
     sam_rho: float = 0.8
     sam_rho_steps: dict[int, float] | None = field(default=None)
     teacher_size: int | None = None
@@ -328,11 +356,11 @@ class Settings:
         self._one_of("imbalance_type", IMBALANCES)
         self._one_of("train_crop", CROPS)
         self._one_of("teacher_crop", CROPS)
-        if self.teacher_loss == "paco":
-            raise UserError(
-                "--teacher-loss paco wants two views of each image and has no flag here. Train it in Python "
-                "with pyvitfast.distill.PaCo, keep paco.teacher() with pyvitfast.save, give --teacher FILE."
-            )
+        self._one_of("teacher_views", VIEWS)
+        try:
+            self.paco()
+        except ValueError as error:
+            raise UserError(str(error).replace("PaCoConfig: `", "--paco-").replace("`", "")) from error
         self._one_of("teacher_loss", TEACHER_LOSSES)
         self._one_of("teacher_sched", SCHEDULES)
         both = (self.train_list is None) == (self.test_list is None)
@@ -349,7 +377,10 @@ class Settings:
         self._need("teacher_size", "at least 1", self.teacher_size is None or self.teacher_size >= 1)
         self._need("distill_alpha", "between 0 and 1", 0 <= self.distill_alpha <= 1)
         self._need("drw_beta", "at least 0 and below 1", 0 <= self.drw_beta < 1)
-        for name in ("drw_epoch", "teacher_drw_epoch"):
+        for name in ("decay_rate", "teacher_decay_rate"):
+            value = getattr(self, name)
+            self._need(name, "above 0 and at most 1", value is None or 0 < value <= 1)
+        for name in ("drw_epoch", "teacher_drw_epoch", "teacher_warmup_epochs"):
             self._need(name, "at least 0", getattr(self, name) is None or getattr(self, name) >= 0)
         self._one_of("cost_rule", COST_RULES)
         self._need("eta", "at least 0", self.eta is None or self.eta >= 0)
@@ -381,6 +412,15 @@ class Settings:
         """
         names = ("weight_bits", "activation_bits", "granularity", "group_size", "grid", "scale")
         return QuantConfig(**{name: getattr(self, name) for name in names})
+
+    def paco(self) -> PaCoConfig:
+        """What a teacher is contrasted by.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        names = PaCoConfig.__dataclass_fields__
+        return PaCoConfig(**{name: getattr(self, f"paco_{name}") for name in names})
 
     def _need(self, name: str, rule: str, good: bool) -> None:
         if not good:

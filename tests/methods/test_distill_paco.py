@@ -182,3 +182,12 @@ def test_bad_settings():
         PaCo(cosine, [1] * 10)
     with pytest.raises(ValueError, match="no images of classes 1"):
         PaCoLoss([1, 0])
+
+
+def test_autocast_does_not_round_the_products():
+    logits, labels, of = torch.randn(6, 4), torch.randint(4, (6,)), torch.randint(-1, 4, (9,))
+    query, others = F.normalize(torch.randn(6, 8)), F.normalize(torch.randn(9, 8))
+    loss = PaCoLoss(COUNTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(logits, query, others, labels, of)
+    assert torch.equal(found, loss(logits, query, others, labels, of))

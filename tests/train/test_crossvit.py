@@ -150,7 +150,8 @@ class TestRecipe:
             resolve(Path("sub/crossvit"))
 
     def test_all_can_be_read(self) -> None:
-        lists = ["deit_lt_cifar10", "deit_lt_cifar100", "deit_lt_imagenet", "deit_lt_inat2018"]
+        sets = ("cifar10", "cifar100", "imagenet", "inat2018")
+        lists = sorted(f"deit_lt_{name}{teacher}" for name in sets for teacher in ("", "_paco"))
         assert recipe_names() == ["crossvit", *lists, "stvit", "stvit_swin"]
         for name in recipe_names():
             settings = resolve(Path(name), flags={"data": "x"})

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data.auto_augment import AugmentOp
 
 from pyvitfast.train import Settings, UserError, open_data
 from pyvitfast.train.data import EpochBatches, check_batch_size, check_images, make_loader
@@ -221,3 +225,72 @@ def test_hugging_face_data_needs_its_package(tmp_path: Path) -> None:
             open_data(settings(data="hfds/mnist", data_dir=str(tmp_path)))
     else:
         pytest.skip("the datasets package is installed; its absence cannot be tested")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_strongest_posterize_is_black(mode: str) -> None:
+    """timm asks for 0 bits there, which Pillow 13 refuses."""
+    image = Image.new(mode, (4, 4), "white")
+    for magnitude, most in ((10, 0), (5, 0b11000000)):
+        op = AugmentOp("PosterizeIncreasing", 1.0, magnitude, {})
+        assert np.asarray(op(image)).max() == most
+
+
+class TestViews:
+    """Two augmented versions of an image."""
+
+    @staticmethod
+    def split(
+        kind: str | None, image_folder: Path, model: str = "resnet20_cifar", **arguments: object
+    ) -> Any:
+        data = open_data(settings(data=str(image_folder)))
+        data.fit_to(timm.create_model(model, num_classes=2, **arguments), settings(), kind)
+        return data
+
+    @pytest.mark.parametrize("kind", ["cifar", "imagenet"])
+    @pytest.mark.parametrize("chans", [1, 3])
+    def test_they_differ_and_follow_from_the_seed_alone(
+        self, kind: str, chans: int, image_folder: Path
+    ) -> None:
+        data = self.split(kind, image_folder, in_chans=chans)
+        before = random.getstate(), torch.get_rng_state()
+        first, label = data.train[0, 7]
+        assert (random.getstate(), torch.get_rng_state().tolist()) == (before[0], before[1].tolist())
+        assert first.shape == (2, chans, 32, 32)
+        assert label == data.train.labels[0]
+        torch.rand(3)
+        assert torch.equal(data.train[0, 7][0], first)
+        assert not torch.equal(first[0], first[1])
+        for view, other in zip(first, data.train[0, 8][0]):
+            assert not torch.equal(view, other)
+        assert data.test[0, None][0].shape == (chans, 32, 32)
+
+    def test_a_square_of_half_the_side_is_cut_out_of_the_query(self, image_folder: Path) -> None:
+        data = self.split("cifar", image_folder)
+        mean, std = (
+            torch.tensor(data.train.transform.query.transforms[-1].__dict__[k]) for k in ("mean", "std")
+        )
+        for seed in range(20):
+            query = data.train[15, seed][0][0] * std[:, None, None] + mean[:, None, None]
+            black = (query.abs() < 1e-6).all(0).float()
+            # In some place all 16 x 16 pixels are black.
+            assert F.avg_pool2d(black[None], 16, 1).max() == 1
+
+    def test_digits_move_by_a_pixel_and_the_key_loses_a_part(self) -> None:
+        data = open_data(settings())
+        model = timm.create_model("resnet20_cifar", in_chans=1)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (1, 8, 8)}
+        data.fit_to(model, settings(), "cifar")
+        image = data.train.images[3]
+        padded = F.pad(image, (1, 1, 1, 1), value=-1)
+        moved = [padded[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+        places, erased = set(), 0
+        for seed in range(60):
+            query, key = data.train[3, seed][0]
+            places |= {i for i, m in enumerate(moved) if torch.equal(query, m)}
+            (near,) = [m for m in moved if torch.equal(torch.where(key == m, m, -torch.ones(())), key)][:1]
+            erased += not torch.equal(near, key)
+        assert places == set(range(9))
+        assert 15 < erased < 45
+        data.fit_to(model, settings())
+        assert torch.equal(data.train[3, 5][0], image)

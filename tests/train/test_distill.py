@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,17 @@ from typer.testing import CliRunner
 
 import pyvitfast as vf
 from pyvitfast.cli import app
+from pyvitfast.distill import PaCoConfig
 from pyvitfast.train import Settings, UserError, open_data, resolve
-from pyvitfast.train.distill import SharpnessAwareSteps, make_teacher, teacher_settings
+from pyvitfast.train.distill import SharpnessAwareSteps, StudentObjective, make_teacher, teacher_settings
 from pyvitfast.train.loop import Loop, Stage
+from tests.methods.test_distill_published import ldam_layout, paco_layout
 from tests.train.conftest import metrics, stopping_after
 
 # 9 updates an epoch, of the teacher and of the student.
 TINY = ["--epochs", "4", "--drw-epoch", "2", "--teacher-epochs", "2", "--device", "cpu"]
+# A queue that goes round within an epoch, and a key encoder that moves.
+PACO = ["--teacher-loss", "paco", "--set", "paco_queue=70", "--set", "paco_momentum=0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,76 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, cli, monkeypatc
     assert metrics(out)[-2]["accuracy"] == metrics(whole[0])[-2]["accuracy"]
 
 
+@pytest.fixture(scope="module")
+def contrasted(tmp_path_factory):
+    """Output folder of a run with PaCo that nothing disturbed."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("paco") / "run"
+    result = CliRunner().invoke(app, ["distill", *TINY, *PACO, "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_paco_trains_the_teacher(contrasted, cli, tmp_path):
+    """An ordinary classifier, as good by itself as its epochs say, whose logits are without the prior."""
+    events = metrics(contrasted)
+    assert [e["event"] for e in events] == ["epoch"] * 2 + ["teacher"] + ["epoch"] * 4 + ["heads", "result"]
+    assert events[1]["measured"] == {"measured_steps": 18, "skipped": 0}
+    assert events[1]["top1"] == events[2]["top1"]
+    file = contrasted / "teacher.safetensors"
+    teacher = vf.load(file)
+    assert not teacher.training
+    assert not teacher.cosine
+    assert cli("eval", "--model", file, "--device", "cpu", "--json", tmp_path / "a.json").exit_code == 0
+    assert json.loads((tmp_path / "a.json").read_text())["top1"] == events[2]["top1"]
+
+
+@pytest.mark.parametrize("batches", [5, 13])
+def test_a_stopped_run_of_paco_goes_on_to_the_same_bits(contrasted, tmp_path, cli, monkeypatch, batches):
+    """In both epochs of the teacher, before and after the queue went round."""
+    out = tmp_path / "run"
+    with stopping_after(batches, monkeypatch):
+        result = cli("distill", *TINY, *PACO, "--out", out)
+    assert result.exit_code == 128 + signal.SIGINT, result.output
+    checkpoint = torch.load(max((out / "checkpoints").glob("*/state.pt")), weights_only=True)
+    assert checkpoint["stage"] == "teacher"
+    assert int(checkpoint["objective"]["place"]) == 50 * batches % 70
+    result = cli("distill", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    for name in ("teacher", "model"):
+        mine, theirs = (vf.load(path / f"{name}.safetensors").state_dict() for path in (out, contrasted))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert metrics(out) == metrics(contrasted)
+
+
+@pytest.mark.parametrize("state", ["queue_labels", "place", "key_encoder.conv1.weight"])
+def test_all_of_pacos_state_matters(contrasted, tmp_path, cli, monkeypatch, state):
+    """A run that goes on with a part of it lost ends elsewhere, so the test above can fail."""
+    out = tmp_path / "run"
+    with stopping_after(5, monkeypatch):
+        cli("distill", *TINY, *PACO, "--epochs", 0, "--out", out)
+    file = max((out / "checkpoints").glob("*/state.pt"))
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["objective"][state].zero_()
+    torch.save(checkpoint, file)
+    assert cli("distill", "--resume", "--out", out).exit_code == 0
+    mine, theirs = (vf.load(path / "teacher.safetensors").state_dict() for path in (out, contrasted))
+    assert any(not torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_paco_on_image_files(tmp_path, image_folder, cli):
+    """Views of colour images at the teacher's size, from loader processes of two different numbers."""
+    flags = ["--data", image_folder, "--model", "deit_micro_distilled_patch2_8", "--batch-size", 4]
+    flags += ["--teacher-loss", "paco", "--teacher-model", "resnet20_cifar", "--teacher-epochs", 2]
+    flags += ["--epochs", 0, "--set", "teacher_batch_size=4", "--device", "cpu"]
+    for workers in (0, 2):
+        result = cli("distill", *flags, "--workers", workers, "--out", tmp_path / str(workers))
+        assert result.exit_code == 0, result.output
+    a, b = (vf.load(tmp_path / n / "teacher.safetensors").state_dict() for n in ("0", "2"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_a_teacher_from_a_file_is_the_same_second_half(whole, tmp_path, cli):
     out = tmp_path / "run"
     teacher = whole[0] / "teacher.safetensors"
@@ -97,6 +172,52 @@ def test_the_weights_and_the_map_matter(whole, tmp_path, cli):
     assert plain[0] != mapped[0]
 
 
+def test_accumulated_batches_weighted_together_are_one_batch(whole, tmp_path, cli):
+    """Two of 50 added up against one of 100, all weighted by class; not so with sums of their own."""
+    teacher = ["--teacher", whole[0] / "teacher.safetensors", "--mixup", 0, "--cutmix", 0, "--drw-epoch", 0]
+
+    def run(name, *flags):
+        out = tmp_path / name
+        assert cli("distill", *TINY, *teacher, *flags, "--epochs", 2, "--out", out).exit_code == 0
+        losses = [e["train_loss"] for e in metrics(out) if e["event"] == "epoch"]
+        return torch.tensor(losses), vf.load(out / "model.safetensors").state_dict()
+
+    large = run("large", "--batch-size", 100, "--set", "weight_norm=global")
+    parts = ["--batch-size", 50, "--grad-accum-steps", 2]
+    together, alone = (run(norm, *parts, "--set", f"weight_norm={norm}") for norm in ("global", "batch"))
+
+    def apart(a, b):
+        return max(float((a[1][key] - b[1][key]).abs().max()) for key in a[1])
+
+    torch.testing.assert_close(together[0], large[0], rtol=1e-5, atol=0)
+    assert float((alone[0] - large[0]).abs().max()) > 3e-4
+    assert apart(together, large) < 5e-5
+    assert apart(alone, large) > 2e-3
+
+
+def test_an_epoch_has_whole_updates_only(whole, tmp_path, cli, monkeypatch):
+    """9 batches in updates of 4: the ninth is left out, and a run that is stopped loses no batch."""
+    seen = []
+    prepare = StudentObjective.prepare
+
+    def counted(self, batches):
+        seen.append(len(batches))
+        return prepare(self, batches)
+
+    monkeypatch.setattr(StudentObjective, "prepare", counted)
+    flags = ["--teacher", whole[0] / "teacher.safetensors", "--grad-accum-steps", 4, "--epochs", 2]
+    flags = [*TINY, *flags, "--drw-epoch", 1, "--set", "weight_norm=global"]
+    assert cli("distill", *flags, "--out", tmp_path / "a").exit_code == 0
+    assert seen == [1] * 8 + [4] * 2
+    assert metrics(tmp_path / "a")[1]["updates"] == 4
+    with stopping_after(10, monkeypatch):
+        assert cli("distill", *flags, "--out", tmp_path / "b").exit_code == 128 + signal.SIGINT
+    assert cli("distill", "--resume", "--out", tmp_path / "b").exit_code == 0
+    assert seen[10:] == seen[:10]
+    a, b = (vf.load(tmp_path / n / "model.safetensors").state_dict() for n in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("loss", ["ce", "balanced_softmax"])
 def test_other_teachers(tmp_path, cli, loss):
     out = tmp_path / "run"
@@ -119,17 +240,22 @@ def test_steps_of_class_sizes():
         (["--teacher", "nothing.safetensors"], "--teacher nothing.safetensors: no such file"),
         (["--teacher-model", "resnet18"], "has no cosine classifier"),
         (["--teacher-model", "resnet50_cosine", "--teacher-loss", "ce"], "which only ldam trains, not ce"),
-        (["--teacher-loss", "paco"], "--teacher-loss paco wants two views"),
+        (["--teacher-loss", "paco", "--teacher-model", "resnet50_cosine"], "only ldam trains, not paco"),
+        (["--teacher-loss", "paco", "--teacher-model", "deit_micro_distilled_patch2_8"], "trained by paco"),
+        (["--teacher-loss", "paco", "--set", "paco_temperature=0"], "--paco-temperature must be finite and"),
+        (["--set", "paco_queue=-1"], "--paco-queue must be a whole number of at least 0, got -1"),
+        (["--set", "teacher_views=svhn"], "--teacher-views must be one of cifar, imagenet, got 'svhn'"),
+        (["--set", "teacher_warmup_epochs=-1"], "--teacher-warmup-epochs must be at least 0"),
+        (["--set", "teacher_decay_rate=0"], "--teacher-decay-rate must be above 0 and at most 1"),
         (["--set", "teacher_sched=magic"], "--teacher-sched must be one of"),
         (["--set", "sam_rho_steps={-1: 0.1}"], "--sam-rho-steps must be radii of at least 0"),
         (["--set", "teacher_batch_size=2000"], "teacher_batch_size=2000 is more than the"),
-        (["--teacher-loss", "magic"], "--teacher-loss must be one of ldam, ce, balanced_softmax"),
+        (["--teacher-loss", "magic"], "--teacher-loss must be one of ldam, paco, ce, balanced_softmax"),
         (["--batch-size", "33"], "an even number of images"),
         (["--class-map", "nothing.json"], "--class-map nothing.json: no such file"),
         (["--drw-epoch", "-1"], "--drw-epoch must be at least 0"),
         (["--distill-alpha", "2"], "--distill-alpha must be between 0 and 1"),
         (["--imbalance-type", "cliff"], "--imbalance-type must be one of exp, step"),
-        (["--set", "weight_norm=global", "--grad-accum-steps", "2"], "weight_norm=global needs"),
     ],
 )
 def test_bad_flags_say_what_is_wrong(flags, line, refused, tmp_path):
@@ -165,6 +291,64 @@ def test_teachers_that_do_not_fit(given, line, refused, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+class TestPublishedTeachers:
+    """``--teacher`` with checkpoints as the authors' programs write them."""
+
+    @pytest.fixture
+    def flags(self, tmp_path, image_folder):
+        """Of a student of colour images."""
+        student = timm.create_model("deit_micro_distilled_patch2_8", in_chans=3, num_classes=2)
+        vf.save(student, tmp_path / "student.safetensors")
+        flags = ["--data", image_folder, "--model", tmp_path / "student.safetensors", "--batch-size", 4]
+        return [*flags, "--epochs", 0, "--set", "workers=0", "--device", "cpu"]
+
+    def test_paco(self, tmp_path, flags, cli):
+        cnn = timm.create_model("resnet32_cifar", num_classes=2)
+        torch.save(paco_layout(cnn), tmp_path / "moco_ckpt.pth.tar")
+        result = cli("distill", *flags, "--teacher", tmp_path / "moco_ckpt.pth.tar", "--out", tmp_path / "o")
+        assert result.exit_code == 0, result.output
+        mine, theirs = vf.load(tmp_path / "o" / "teacher.safetensors").state_dict(), cnn.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "more", "line"),
+        [
+            ("resnet20_cifar", {}, [], "does not fit --teacher-model resnet32_cifar: Error(s) in loading"),
+            (
+                "resnet32_cifar",
+                {"cosine": True},
+                ["--teacher-model", "resnet50"],
+                "has a cosine classifier: name",
+            ),
+            ("resnet32_cifar", {"num_classes": 5}, [], "tells 5 classes apart"),
+        ],
+    )
+    def test_of_another_network(self, tmp_path, flags, refused, name, arguments, more, line):
+        cnn = timm.create_model(name, **{"num_classes": 2, **arguments})
+        torch.save(ldam_layout(cnn, "linear"), tmp_path / "t.pth")
+        flags = [*flags, "--teacher", tmp_path / "t.pth", *more]
+        assert line in refused("distill", *flags, "--out", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "line"),
+        [
+            (Path, "is no file of tensors and plain data"),
+            ({"encoder.weight": torch.zeros(1)}, "must have the names of PaCo's code"),
+            (None, "t.pth: No such file or directory"),
+            (b"text", "is no file of tensors and plain data"),
+        ],
+    )
+    def test_other_files(self, tmp_path, refused, content, line):
+        if isinstance(content, bytes):
+            (tmp_path / "t.pth").write_bytes(content)
+        elif content is not None:
+            torch.save(content, tmp_path / "t.pth")
+        assert line in refused("distill", "--teacher", tmp_path / "t.pth", "--out", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
+
+
 def test_a_teacher_that_gives_no_numbers_is_named(tmp_path, refused):
     cnn = timm.create_model("resnet20_cifar", in_chans=1)
     torch.nn.init.constant_(cnn.fc.bias, torch.nan)
@@ -185,24 +369,28 @@ def test_a_class_without_images_is_refused(tmp_path, image_folder, refused):
     assert not (tmp_path / "o").exists()
 
 
-def test_schedule_of_the_published_teacher():
-    """A linear warm-up over 5 epochs, a hundredth from epoch 160 on, and of that from 180."""
-    settings = teacher_settings(resolve(Path("deit_lt_cifar10")))
-    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1}
+@pytest.mark.parametrize(
+    ("recipe", "lr", "warmup", "first", "second", "factor"),
+    [("deit_lt_cifar10", 0.1, 5, 160, 180, 0.01), ("deit_lt_cifar100_paco", 0.05, 10, 320, 360, 0.1)],
+)
+def test_schedules_of_the_published_teachers(recipe, lr, warmup, first, second, factor):
+    """A linear warm-up, LDAM's x0.01 after 160 and x0.0001 after 180, PaCo's x0.1 and x0.01."""
+    settings = teacher_settings(resolve(Path(recipe)))
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr}
     optimizer = torch.optim.SGD([group])
-    updates = 7
+    updates = 8
     loop = SimpleNamespace(settings=settings, updates_per_epoch=updates)
-    scheduler = Loop.schedule(loop, optimizer, Stage("teacher", 0.1, 200))
+    scheduler = Loop.schedule(loop, optimizer, Stage("teacher", settings.lr, settings.epochs))
 
     def rate(update):
         scheduler.step_update(update)
         return optimizer.param_groups[0]["lr"]
 
     assert rate(0) == pytest.approx(1e-6)
-    assert rate(5 * updates // 2) == pytest.approx(0.1 * 17 / 35, rel=1e-4)
-    assert rate(5 * updates) == rate(160 * updates - 1) == 0.1
-    assert rate(160 * updates) == rate(180 * updates - 1) == pytest.approx(1e-3)
-    assert rate(180 * updates) == pytest.approx(1e-5)
+    assert rate(warmup * updates // 2) == pytest.approx(lr / 2, rel=1e-4)
+    assert rate(warmup * updates) == rate(first * updates - 1) == lr
+    assert rate(first * updates) == rate(second * updates - 1) == pytest.approx(factor * lr)
+    assert rate(second * updates) == pytest.approx(factor**2 * lr)
 
 
 def test_radii_of_the_published_teacher():
@@ -236,3 +424,17 @@ def test_recipes_are_the_published_ones(name, epochs, drw_epoch, images, lr):
     assert found.teacher_margin == (0.3 if large else 0.5)
     assert timm.is_model(found.model)
     assert timm.is_model(found.teacher_model)
+    student = {f.name for f in fields(found) if not f.name.startswith(("teacher_", "paco_", "sam_"))}
+    paco = resolve(Path(f"deit_lt_{name}_paco"))
+    assert {key: getattr(paco, key) for key in student} == {key: getattr(found, key) for key in student}
+    assert paco.teacher_size == found.teacher_size
+    assert (paco.teacher_loss, paco.teacher_epochs, paco.teacher_batch_size) == ("paco", 400, 128)
+    large_config = PaCoConfig(alpha=0.05, temperature=0.2, queue=8192, dim=128)
+    assert paco.paco() == (large_config if large else PaCoConfig())
+    assert (paco.teacher_lr, paco.teacher_weight_decay) == {
+        "cifar10": (0.05, 5e-4), "cifar100": (0.05, 5e-4), "imagenet": (0.02, 5e-4), "inat2018": (0.02, 1e-4)
+    }[name]  # fmt: skip
+    assert paco.sam_rho == {"cifar10": 0.1, "cifar100": 0.2}.get(name, 0.05)
+    assert paco.sam_rho_steps is None
+    assert paco.teacher_views == ("imagenet" if large else "cifar")
+    assert paco.teacher_model == ("resnet50" if large else "resnet32_cifar")

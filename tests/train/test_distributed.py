@@ -66,12 +66,12 @@ def test_two_processes_measure_the_slopes_of_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_distill_what_one_does(tmp_path: Path) -> None:
-    """One divisor for the whole batch, so that weights of classes are those of one process.
+    """One divisor for all batches of an update, so that weights of classes are those of one process.
 
     Without mixing, which each process draws for itself; the teacher is that of the two.
     """
-    flags = ["--epochs", 3, "--drw-epoch", 1, "--teacher-epochs", 1, "--batch-size", 100, "--mixup", 0]
-    flags += ["--cutmix", 0, "--set", "weight_norm=global", "--device", "cpu"]
+    flags = ["--epochs", 3, "--drw-epoch", 1, "--teacher-epochs", 1, "--batch-size", 50, "--mixup", 0]
+    flags += ["--cutmix", 0, "--grad-accum-steps", 2, "--set", "weight_norm=global", "--device", "cpu"]
     finish("distill", *flags, "--out", tmp_path / "2", processes=2)
     teacher = tmp_path / "2" / "teacher.safetensors"
     finish("distill", *flags, "--teacher", teacher, "--out", tmp_path / "1", processes=1)
@@ -93,3 +93,19 @@ def test_two_processes_train_the_operator_of_one(tmp_path: Path) -> None:
     a, b = (load_file(tmp_path / name / "grown.safetensors") for name in ("1", "2"))
     for key in a:
         torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-3)
+
+
+def test_two_processes_contrast_with_the_keys_of_both(tmp_path: Path) -> None:
+    """An epoch of 9 batches of 50 leaves as many keys in the queue, those of both halves of each batch."""
+    flags = ["--teacher-loss", "paco", "--teacher-epochs", 1, "--epochs", 0, "--batch-size", 100]
+    labels = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        finish("distill", *flags, "--device", "cpu", "--out", out, processes=processes)
+        states = [torch.load(path, weights_only=True) for path in (out / "checkpoints").glob("*/state.pt")]
+        (state,) = (s["objective"] for s in states if s["stage"] == "teacher")
+        assert int(state["place"]) == 450
+        assert state["queue_labels"][450:].eq(-1).all()
+        torch.testing.assert_close(state["queue"][:450].norm(dim=1), torch.ones(450))
+        labels.append(state["queue_labels"][:450].reshape(9, 50).sort(dim=1).values)
+    assert torch.equal(*labels)
