@@ -266,8 +266,12 @@ def heads(path: Path, found: Event) -> None:
             )
         ranks.set_xlabel("block")
         ranks.set_ylabel("components of 99 % of the variance")
-        ranks.legend(frameon=False)
+        if found["rank"]:
+            ranks.legend(frameon=False)
         for block, values in enumerate(found["attention_distance"], 1):
             distances.plot([block] * len(values), values, "o", color=AFTER, alpha=0.6, markersize=4)
+        if "not_looked_at" in found:
+            for panel in (ranks, distances):
+                panel.set_title("not for this kind of model", fontsize=9)
         distances.set_xlabel("block")
         distances.set_ylabel("attention distance of heads, pixels")

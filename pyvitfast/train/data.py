@@ -208,6 +208,7 @@ class ImageSplit(Split):
                 "color_jitter": settings.color_jitter or None,
                 "auto_augment": settings.aa,
                 "re_prob": settings.reprob,
+                "re_mode": settings.remode,
             }
         if training and settings.train_crop == "pad":
             resample = transforms.InterpolationMode(config["interpolation"])
@@ -227,7 +228,7 @@ class ImageSplit(Split):
             mean=mean,
             std=std,
             interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
+            crop_pct=settings.crop_pct or config["crop_pct"],
             **augmentation,
         )
 

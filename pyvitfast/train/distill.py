@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from pyvitfast.train.settings import Settings
 # Parts of the epochs, as published for CIFAR: 1100 of 1200, and 160 of 200.
 STUDENT_DRW, TEACHER_DRW = 11 / 12, 4 / 5
 HEADS = ("cls", "dist", "avg")
-LOOKED_AT = 512  # test images for ranks and distances
+LOOKED_AT = 1024  # test images for ranks: more than there are channels
 
 
 class TeacherObjective(Objective):
@@ -300,18 +300,21 @@ def student_loss(settings: Settings, counts: list[int]) -> methods.DeiTLTLoss:
     """
     s = settings
     start = round(STUDENT_DRW * s.epochs) if s.drw_epoch is None else s.drw_epoch
-    try:
-        return methods.DeiTLTLoss(
-            counts,
-            s.distill_alpha,
-            start,
-            beta=s.drw_beta,
-            smoothing=s.smoothing,
-            weight_norm=s.weight_norm,
-            mixing_after_drw=s.mixing_after_drw,
+    if empty := [c for c, count in enumerate(counts) if not count]:
+        raise UserError(
+            f"--data {s.data}: there are no images of classes {', '.join(map(str, empty[:10]))}"
+            f"{f' and {len(empty) - 10} more' if len(empty) > 10 else ''} to train on, so they have no "
+            "weight. Add some, or leave these classes out of the test images too."
         )
-    except ValueError as error:
-        raise UserError(f"--data {s.data}: {error}") from error
+    return methods.DeiTLTLoss(
+        counts,
+        s.distill_alpha,
+        start,
+        beta=s.drw_beta,
+        smoothing=s.smoothing,
+        weight_norm=s.weight_norm,
+        mixing_after_drw=s.mixing_after_drw,
+    )
 
 
 def make_teacher(settings: Settings, data: Data) -> nn.Module:
@@ -533,7 +536,7 @@ def distill(
         student = models.for_data(s, data)[0] if job.stage == "teacher" else job.model
         counts = images_by_class(data)
         groups = methods.class_groups(counts)
-        loss, numbers = student_loss(s, counts), class_map(s, data.num_classes)
+        loss, numbers = student_loss(s, counts).to(accelerator.device), class_map(s, data.num_classes)
         if job.stage in (None, "teacher"):
             if s.teacher is None:
                 train_teacher(job, counts)
@@ -563,21 +566,39 @@ def log_heads(job: _Job, student: nn.Module, counts: list[int], groups: Mapping[
     right, total = correct_by_class(student, job.data, job.settings, job.accelerator)
     if not job.folder.writes:
         return
-    device = job.accelerator.device
-    images = torch.stack([job.data.test[i, None][0] for i in range(min(LOOKED_AT, len(job.data.test)))])
-    student.eval()
-    ranks = methods.feature_rank(student, [part.to(device) for part in torch.split(images, 64)])
-    distances = methods.attention_distance(student, images[:64].to(device))
     heads = {head: by_group(count, total, groups) for head, count in right.items()}
-    there = total.clamp(min=1)
     job.folder.log(
         "heads",
         accuracy=heads,
         counts=counts,
-        by_class={head: (100 * count / there).tolist() for head, count in right.items()},
-        rank={"cls": ranks.cls, "dist": ranks.dist},
-        attention_distance=distances.tolist(),
+        by_class={
+            head: [100 * r / n if n else None for r, n in zip(count.tolist(), total.tolist(), strict=True)]
+            for head, count in right.items()
+        },
+        **_looked_at(job, student),
     )
     for head, found in heads.items():
         parts = "  ".join(f"{name} {value:.2f} %" for name, value in found.items())
         job.reporter.say(f"{head.upper():4} {parts}")
+
+
+def _looked_at(job: _Job, student: nn.Module) -> dict[str, Any]:
+    """Ranks and distances, or the reason why there are none."""
+    device, test = job.accelerator.device, job.data.test
+    # Spread over the test images, which may come class by class.
+    count = min(LOOKED_AT, len(test))
+    places = [i * len(test) // count for i in range(count)]
+    batches = [places[first : first + 64] for first in range(0, count, 64)]
+
+    def images(batch: Sequence[int]) -> Tensor:
+        return torch.stack([test[i, None][0] for i in batch]).to(device)
+
+    try:
+        ranks = methods.feature_rank(student, map(images, batches))
+        distances = methods.attention_distance(student, images(places[:: max(1, count // 64)][:64]))
+    except TypeError as error:
+        return {"rank": {}, "attention_distance": [], "not_looked_at": str(error)}
+    return {
+        "rank": {"cls": ranks.cls, "dist": ranks.dist},
+        "attention_distance": [[d for d in block if d == d] for block in distances.tolist()],
+    }

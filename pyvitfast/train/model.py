@@ -192,7 +192,8 @@ def check_quantization(model: nn.Module, settings: Settings) -> None:
 
 def check_heads(model: nn.Module, settings: Settings) -> None:
     """Raise UserError unless ``model`` has two heads."""
-    if not hasattr(model, "set_distilled_training") or not hasattr(model, "head_dist"):
+    # LeViT and others have two heads on one feature: no token of theirs could become an expert.
+    if not all(hasattr(model, name) for name in ("set_distilled_training", "head_dist", "dist_token")):
         names = ", ".join(timm.list_models("deit_*distilled*")[:3])
         raise UserError(
             f"--model {settings.model} has no distillation token and head. Take one that has: {names}."

@@ -30,6 +30,7 @@ WEIGHT_NORMS = ("batch", "classes", "global")
 TEACHER_LOSSES = ("ldam", "paco", "ce", "balanced_softmax")
 IMBALANCES = ("exp", "step")
 CROPS = ("rrc", "pad")
+ERASINGS = ("const", "rand", "pixel")
 VIEWS = ("cifar", "imagenet")
 
 # What the built-in data set wants instead of the general defaults; 1300 small images.
@@ -109,8 +110,11 @@ class Settings:
         color_jitter: colour jitter; images only.
         hflip: probability of a horizontal flip; images only.
         reprob: probability of random erasing; images only.
+        remode: what erases: ``const``, black; ``rand``, one random colour; ``pixel``, noise.
         train_crop: of image files: ``rrc`` random resized crops, or ``pad`` crops of the whole padded by an
             eighth.
+        crop_pct: of image files: side of the central crop for tests, as a part of the shorter side; None is
+            the model's own.
         aug_repeats: times an image comes up in an epoch, augmented differently each time; an epoch keeps its
             length, so it sees that fraction of the images.
         seed: seed of weights, order, augmentation.
@@ -234,7 +238,9 @@ class Settings:
     color_jitter: float = 0.4
     hflip: float = 0.5
     reprob: float = 0.0
+    remode: str = "pixel"
     train_crop: str = "rrc"
+    crop_pct: float | None = None
     aug_repeats: int = 1
     seed: int = 0
     device: str = "auto"
@@ -355,6 +361,9 @@ class Settings:
             raise UserError(str(error).replace("QuantConfig: ", "")) from error
         self._one_of("imbalance_type", IMBALANCES)
         self._one_of("train_crop", CROPS)
+        self._one_of("remode", ERASINGS)
+        whole = self.crop_pct is None or 0 < self.crop_pct <= 1
+        self._need("crop_pct", "above 0 and at most 1", whole)
         self._one_of("teacher_crop", CROPS)
         self._one_of("teacher_views", VIEWS)
         try:

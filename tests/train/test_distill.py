@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import Resize
 from typer.testing import CliRunner
 
 import pyvitfast as vf
 from pyvitfast.cli import app
 from pyvitfast.distill import PaCoConfig
 from pyvitfast.train import Settings, UserError, open_data, resolve
+from pyvitfast.train.data import EpochBatches, TensorSplit
 from pyvitfast.train.distill import SharpnessAwareSteps, StudentObjective, make_teacher, teacher_settings
 from pyvitfast.train.loop import Loop, Stage
+from pyvitfast.train.model import check_heads
 from tests.methods.test_distill_published import ldam_layout, paco_layout
 from tests.train.conftest import metrics, stopping_after
 
@@ -237,6 +242,8 @@ def test_steps_of_class_sizes():
     ("flags", "line"),
     [
         (["--model", "vit_micro_patch2_8"], "has no distillation token and head"),
+        (["--set", "remode=magic"], "--remode must be one of const, rand, pixel"),
+        (["--set", "crop_pct=0"], "--crop-pct must be above 0"),
         (["--teacher", "nothing.safetensors"], "--teacher nothing.safetensors: no such file"),
         (["--teacher-model", "resnet18"], "has no cosine classifier"),
         (["--teacher-model", "resnet50_cosine", "--teacher-loss", "ce"], "which only ldam trains, not ce"),
@@ -261,6 +268,12 @@ def test_steps_of_class_sizes():
 def test_bad_flags_say_what_is_wrong(flags, line, refused, tmp_path):
     assert line in refused("distill", *flags, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_two_heads_on_one_feature_are_no_experts():
+    settings = Settings(model="levit_128s")
+    with pytest.raises(UserError, match="--model levit_128s has no distillation token and head"):
+        check_heads(timm.create_model("levit_128s", num_classes=10), settings)
 
 
 def test_half_precision_does_not_go_with_sam():
@@ -418,6 +431,7 @@ def test_recipes_are_the_published_ones(name, epochs, drw_epoch, images, lr):
     assert (found.epochs, found.drw_epoch, found.lr) == (epochs, drw_epoch, lr)
     assert found.batch_size * found.grad_accum_steps == images
     assert found.mixing_after_drw == (name in ("imagenet", "inat2018"))
+    assert (found.reprob, found.remode, found.crop_pct) == (0.25, "pixel", 224 / 256)
     assert (found.mixup, found.cutmix, found.smoothing, found.aug_repeats) == (0.8, 1.0, 0.1, 3)
     large = name in ("imagenet", "inat2018")
     assert (found.teacher_epochs, found.teacher_drw_epoch) == ((90, 60) if large else (200, 160))
@@ -438,3 +452,56 @@ def test_recipes_are_the_published_ones(name, epochs, drw_epoch, images, lr):
     assert paco.sam_rho_steps is None
     assert paco.teacher_views == ("imagenet" if large else "cifar")
     assert paco.teacher_model == ("resnet50" if large else "resnet32_cifar")
+
+
+def test_an_epoch_of_the_published_recipe():
+    """Digest section 6: 12,288 samples of CIFAR-10-LT, 4096 images three times each."""
+    settings = resolve(Path("deit_lt_cifar10"))
+    split = TensorSplit(torch.zeros(12406, 1, 1, 1), [0] * 12406)
+    batches = EpochBatches(
+        split, settings.batch_size, settings.grad_accum_steps, 0, 1, True, settings.aug_repeats
+    )
+    times = Counter(index for batch in batches for index, _ in batch)
+    assert sum(times.values()) == 12288
+    assert len(times) == 4096
+    assert set(times.values()) == {3}
+
+
+def test_cosine_of_the_published_large_teachers_has_no_warm_up():
+    for name in ("imagenet", "inat2018"):
+        settings = teacher_settings(resolve(Path(f"deit_lt_{name}")))
+        assert (settings.sched, settings.warmup_epochs) == ("cosine", 0)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "const"])
+def test_erasing_and_the_crop_for_tests_are_timms(image_folder, mode):
+    settings = Settings(
+        model="vit_tiny_patch16_224",
+        data=str(image_folder),
+        reprob=1.0,
+        remode=mode,
+        crop_pct=0.875,
+        workers=0,
+    )
+    data = open_data(settings)
+    data.fit_to(timm.create_model(settings.model, num_classes=data.num_classes), settings)
+    (erasing,) = (t for t in data.train.transform.transforms if isinstance(t, RandomErasing))
+    assert (erasing.rand_color, erasing.per_pixel) == (False, mode == "pixel")
+    (resize,) = (t for t in data.test.transform.transforms if isinstance(t, Resize))
+    assert resize.size == 256
+
+
+def test_a_student_whose_blocks_cannot_be_looked_at_gets_its_report(whole, tmp_path, cli):
+    """Semantic tokens: no rank and no distance of each block, but all of the rest."""
+    sparse = vf.tokens.to_stvit(vf.load(whole[0] / "model.safetensors"), tokens=(2, 2), base=1)
+    vf.save(sparse, tmp_path / "student.safetensors")
+    teacher = ["--teacher", whole[0] / "teacher.safetensors"]
+    flags = ["--model", tmp_path / "student.safetensors", "--epochs", 1, "--device", "cpu", *teacher]
+    out = tmp_path / "run"
+    result = cli("distill", *flags, "--out", out)
+    assert result.exit_code == 0, result.output
+    found = metrics(out)[-2]
+    assert (found["rank"], found["attention_distance"]) == ({}, [])
+    assert set(found["accuracy"]) == {"cls", "dist", "avg"}
+    assert (out / "report-heads.png").exists()
+    assert type(vf.load(out / "model.safetensors")) is type(sparse)
