@@ -201,6 +201,14 @@ class FOGZO(torch.optim.Optimizer):
         if _world() > 1:
             self._check_seed()
 
+    # torch's own would leave out all but groups and state, and wrap step() of every FOGZO in the process.
+    # A scheduler's wrapper around step() is bound to the original.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     def _grouped(self, eps_bar: float | None, noise: str | None) -> list[_Group]:
         owners: dict[int, list[QuantLayer]] = {}
         for layer in quantized_layers(self.model).values():

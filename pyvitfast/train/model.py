@@ -46,6 +46,8 @@ def load_file(path: str, flag: str = "--model") -> nn.Module:
     Raises:
         UserError: missing, damaged or foreign file.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path} is a folder. Give a file in it, such as {path}/model.safetensors.")
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file.")
     try:

@@ -382,6 +382,20 @@ def test_resume_is_exact():
         FOGZO(torch.optim.SGD(again.parameters()), again, seed=4).load_state_dict(state)
 
 
+def test_a_copy_steps_like_the_original():
+    x, y = batch()
+    model = mlp().eval()
+    optimizer = FOGZO(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    first = [p.clone() for p in model.parameters()]
+    twin, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((twin, copied), (model, optimizer)):
+        o.step(lambda m=m: F.cross_entropy(m(x), y))
+        assert o.steps == 1
+    assert same(model, twin)
+    assert not all(torch.equal(a, b) for a, b in zip(first, twin.parameters(), strict=True))
+
+
 def test_a_mix_starts_straight_through():
     mixed, _, losses = trained(14, start_frac=0.7)
     plain, _, same_losses = trained(14, estimator="ste")
