@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ class RunFolder:
             try:
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
                 return Snapshot(load(folder / MODEL), state, folder)
-            except (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # bytes that are no pickle make the unpickler raise anything
                 problems.append(
                     f"{folder}: {str(error).strip().splitlines()[0] if str(error) else 'damaged'}"
                 )

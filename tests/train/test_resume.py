@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -156,6 +157,16 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(
         model = folder / "model.safetensors"
         model.write_bytes(model.read_bytes()[:-100])
     assert "no checkpoint can be read" in refused("prune", "--resume", "--out", out)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", bytes(100)])
+def test_a_checkpoint_that_became_something_else_is_named(
+    content: bytes, whole: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.pt"):
+        file.write_bytes(content)
+    assert "no checkpoint can be read" in refused("prune", "--resume", "--out", tmp_path / "run")
 
 
 def test_checkpoints_hold_no_pickled_code(whole: Path) -> None:
