@@ -139,7 +139,8 @@ class PaCoLoss(nn.Module):
         positive = (labels[:, None] == theirs) & candidate
         total = c.beta * (centres[rows, labels] - denominator)
         total = total + c.alpha * ((products - denominator[:, None]) * positive).sum(1)
-        return -(total / (c.beta + c.alpha * positive.sum(1, dtype=wide))).mean()
+        losses = -(total / (c.beta + c.alpha * positive.sum(1, dtype=wide)))
+        return losses.sum() / max(1, len(labels))
 
 
 class PaCo(nn.Module):

@@ -191,3 +191,11 @@ def test_autocast_does_not_round_the_products():
     with torch.autocast("cpu", torch.bfloat16):
         found = loss(logits, query, others, labels, of)
     assert torch.equal(found, loss(logits, query, others, labels, of))
+
+
+def test_an_empty_batch_costs_nothing():
+    loss = PaCoLoss([4, 2, 1])
+    none, labels = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    found = loss(none, torch.zeros(0, 8), torch.zeros(2, 8), labels, torch.tensor([0, 1]))
+    found.backward()
+    assert (found.item(), none.grad.shape) == (0, (0, 3))
