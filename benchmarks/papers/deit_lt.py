@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ from benchmarks.papers import data
 from benchmarks.papers.report import cell, conclude, watching
 from pyvitfast import distill
 from pyvitfast.distill.evaluate import GROUPS
-from pyvitfast.models.cifar_resnet import CifarResNet
+from pyvitfast.models.cifar_resnet import BasicBlock, CifarResNet
 
 CLASSES, BATCH, PLACES, NOISE, PAD = 10, 64, 4, 0.06, 2
 SHAPE: dict[str, Any] = {
@@ -190,10 +189,34 @@ def mixup() -> distill.PairedMixup:
     return distill.PairedMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES)
 
 
-def teacher(kind: str, split: LongTailed, epochs: int) -> nn.Module:
-    """A trained teacher: three stages of one residual block."""
-    drw, mix = round(TEACHER_DRW * epochs), mixup()
+class WideningBlock(BasicBlock):
+    """The first block of a stage, its shortcut a learned 1x1 convolution."""
+
+    def __init__(self, in_chans: int, chans: int, stride: int) -> None:
+        super().__init__(in_chans, chans, stride)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(in_chans, chans, 1, stride, bias=False), nn.BatchNorm2d(chans)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H / stride, W / stride], sides rounded up."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.shortcut(x) + y)
+
+
+def network(kind: str) -> CifarResNet:
+    """An untrained teacher of 44 k parameters: three stages of one residual block."""
     cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM", width=12)
+    cnn.layer2[0], cnn.layer3[0] = WideningBlock(12, 24, 2), WideningBlock(24, 48, 2)
+    for module in cnn.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return cnn
+
+
+def teacher(kind: str, split: LongTailed, epochs: int) -> nn.Module:
+    """A trained teacher."""
+    drw, mix, cnn = round(TEACHER_DRW * epochs), mixup(), network(kind)
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
     if kind == "LDAM + SAM":
         margins = distill.LDAMLoss(split.counts, drw_epoch=drw)
@@ -292,7 +315,7 @@ def study(job: tuple[str, int, str, float, str]) -> dict[str, Any]:
     kind = STUDENTS[arm][1]
     cnn = None
     if kind is not None:
-        cnn = CifarResNet(1, CLASSES, cosine=kind == "LDAM + SAM", width=12)
+        cnn = network(kind)
         cnn.load_state_dict(torch.load(f"{folder}/{seed}-{kind}.pt"))
     seeded(seed, 100)
     return tested(student(arm, split, max(1, round(share * STUDENT_EPOCHS)), cnn), split)
@@ -321,7 +344,7 @@ def run(name: str, seeds: int, share: float, watch: Any) -> list[dict[str, Any]]
 
 
 def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The digest's gates, each by its worst seed, and what it found besides, by the mean."""
+    """The digest's gates, each by its worst seed."""
     found = {(r["arm"], r["output"]): r for r in rows if r["role"] == "student"}
     tail = {key: row["tail"] for key, row in found.items()}
     out = []
@@ -335,8 +358,9 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     gate("DIST tail above 40, worst seed", min(tail[OURS, "dist"]), min(tail[OURS, "dist"]) > 40)
     highest = max(tail["no DRW", "dist"])
     gate("DIST tail without DRW below 20, worst seed", highest, highest < 20)
-    gain = statistics.mean(found[OURS, "avg"]["overall"]) - statistics.mean(found["no DRW", "avg"]["overall"])
-    gate("DRW raises the average's overall accuracy by 8 points", gain, gain > 8)
+    overall = (found[OURS, "avg"]["overall"], found["no DRW", "avg"]["overall"])
+    gain = min(a - b for a, b in zip(*overall, strict=True))
+    gate("DRW raises the average's overall accuracy by 8 points, worst seed", gain, gain > 8)
     return out
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks.papers import deit_lt
-from pyvitfast.models.cifar_resnet import CifarResNet
 
 
 def test_data_of_the_digest():
@@ -34,8 +33,10 @@ def test_no_image_is_in_both_splits(monkeypatch):
 def test_models_of_the_digests_sizes():
     model = deit_lt.VisionTransformerDistilled(img_size=12, **deit_lt.SHAPE)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(89_000, rel=0.01)
-    cnn = CifarResNet(1, 10, width=12)
-    assert sum(p.numel() for p in cnn.parameters()) == pytest.approx(44_000, rel=0.05)
+    for kind in deit_lt.TEACHERS:
+        cnn = deit_lt.network(kind)
+        assert sum(p.numel() for p in cnn.parameters()) == pytest.approx(44_000, rel=0.01)
+        assert cnn.forward_features(torch.zeros(1, 3, 12, 12)).shape == (1, 48, 3, 3)
 
 
 @pytest.mark.parametrize("arm", ["ViT, balanced softmax", "DeiT-LT, LDAM + SAM"])
@@ -60,7 +61,7 @@ def test_gates_are_read_by_their_worst_seed():
         }
 
     rows = [
-        row(deit_lt.OURS, "avg", [25.0, 15.0], [60.0, 60.0]),
+        row(deit_lt.OURS, "avg", [25.0, 15.0], [62.0, 57.0]),
         row(deit_lt.OURS, "dist", [45.0, 41.0]),
         row("no DRW", "avg", [4.0, 6.0]),
         row("no DRW", "dist", [10.0, 21.0]),
@@ -72,3 +73,4 @@ def test_gates_are_read_by_their_worst_seed():
     assert held["digits: tail of DeiT-LT's average 10 points over DeiT, worst seed"] == (15.0, True)
     assert held["digits: DIST tail above 40, worst seed"] == (41.0, True)
     assert held["digits: DIST tail without DRW below 20, worst seed"] == (21.0, False)
+    assert held["digits: DRW raises the average's overall accuracy by 8 points, worst seed"] == (7.0, False)
