@@ -63,6 +63,8 @@ def test_gates_are_read_by_their_worst_seed():
     rows = [
         row(deit_lt.OURS, "avg", [25.0, 15.0], [62.0, 57.0]),
         row(deit_lt.OURS, "dist", [45.0, 41.0]),
+        row(deit_lt.PACO, "avg", [15.0, 15.0]),
+        row(deit_lt.PACO, "dist", [39.0, 52.0]),
         row("no DRW", "avg", [4.0, 6.0]),
         row("no DRW", "dist", [10.0, 21.0]),
         row("DeiT", "avg", [0.0, 0.0]),
@@ -71,6 +73,9 @@ def test_gates_are_read_by_their_worst_seed():
     held = {claim["claim"]: (claim["measured"], claim["held"]) for claim in deit_lt.claims(rows)}
     assert held["digits: tail of DeiT-LT's average 10 points over no DRW, worst seed"] == (9.0, False)
     assert held["digits: tail of DeiT-LT's average 10 points over DeiT, worst seed"] == (15.0, True)
-    assert held["digits: DIST tail above 40, worst seed"] == (41.0, True)
+    assert held["digits: DIST tail of DeiT-LT, LDAM + SAM above 40, worst seed"] == (41.0, True)
+    assert held["digits: DIST tail of DeiT-LT, PaCo + SAM above 40, worst seed"] == (39.0, False)
+    over = "digits: tail of the average of DeiT-LT, PaCo + SAM 10 points over no DRW, worst seed"
+    assert held[over] == (9.0, False)
     assert held["digits: DIST tail without DRW below 20, worst seed"] == (21.0, False)
     assert held["digits: DRW raises the average's overall accuracy by 8 points, worst seed"] == (7.0, False)
