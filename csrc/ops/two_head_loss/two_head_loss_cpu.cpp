@@ -11,8 +11,8 @@ namespace pyvitfast::PVF_CPU_CAPABILITY {
 
 using two_heads::Target;
 
+// Of lambdas and members, where PVF_INLINE cannot stand.
 #define PVF_LAMBDA_INLINE __attribute__((always_inline))
-#define PVF_INLINE_MEMBER __attribute__((always_inline))
 
 // Logits that are widened at a time where they are not of type A already.
 constexpr int64_t kTwoHeadChunk = 512;
@@ -239,7 +239,7 @@ struct RowSums {
 };
 
 struct NothingBeside {
-    PVF_INLINE_MEMBER void operator()(int64_t, int64_t, auto) const {}
+    PVF_LAMBDA_INLINE void operator()(int64_t, int64_t, auto) const {}
 };
 
 // With kKeep exp(logit - peak) goes to `kept`. beside(place, count left, whole) is done at each
@@ -254,7 +254,7 @@ PVF_INLINE RowSums<A> sums_of_row(const T* row, int64_t classes, A peak, bool sh
         row, classes, [&](const A* values, int64_t first, int64_t count) PVF_LAMBDA_INLINE {
             for_vectors(values, count, kLowest, sums,
                         [&](Wide<A> v, int64_t i, Wide<A> sum, auto whole) PVF_LAMBDA_INLINE {
-                            __builtin_prefetch(row + first + i + classes);
+                            __builtin_prefetch(row + first + i + classes);  // the next row
                             const Wide<A> e = exp_of(v - peak);
                             if constexpr (kKeep) {
                                 store_first<whole>(kept + first + i, e, count - i);
@@ -331,9 +331,9 @@ struct Scale {
     Wide<A> share;
     Wide<A> floor;
 
-    PVF_INLINE_MEMBER Scale(A slope, A sum, const Target<A>& target)
+    PVF_LAMBDA_INLINE Scale(A slope, A sum, const Target<A>& target)
         : share(slope / sum - Wide<A>{}), floor(-slope * target.floor - Wide<A>{}) {}
-    PVF_INLINE_MEMBER Wide<A> operator()(Wide<A> e) const { return multiply_add(e, share, floor); }
+    PVF_LAMBDA_INLINE Wide<A> operator()(Wide<A> e) const { return multiply_add(e, share, floor); }
 };
 
 // The rest of the target of label and partner; of a class that is both, both.
