@@ -395,6 +395,7 @@ def teacher_settings(settings: Settings) -> Settings:
         color_jitter=0.0,
         reprob=0.0,
         train_crop=s.teacher_crop,
+        crop_pct=None,
         aug_repeats=1,
         check_images=False,
     )

@@ -471,6 +471,7 @@ def test_cosine_of_the_published_large_teachers_has_no_warm_up():
     for name in ("imagenet", "inat2018"):
         settings = teacher_settings(resolve(Path(f"deit_lt_{name}")))
         assert (settings.sched, settings.warmup_epochs) == ("cosine", 0)
+        assert settings.crop_pct is None  # the network's own, not the student's
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])
